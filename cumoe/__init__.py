@@ -1,0 +1,44 @@
+"""Mixture-of-Experts layers on NVIDIA GPUs with CuPy and NumPy alone.
+
+Data goes one way: route -> group -> grouped_gemm -> combine; `moe` does the last three, `MoE` all four.
+"""
+
+import logging
+
+from cumoe import reference
+from cumoe.data.activation import Activation
+from cumoe.data.groups import Groups
+from cumoe.data.routing import Router, Routing
+from cumoe.data.weights import Experts, SharedExperts
+from cumoe.gpu.compile import compile_all, gpu_is_there
+from cumoe.layer.moe import moe
+from cumoe.layer.module import MoE
+from cumoe.stages.combine import combine
+from cumoe.stages.group import group
+from cumoe.stages.grouped_gemm import grouped_gemm
+from cumoe.stages.route import route
+from cumoe.system import show_config
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Activation",
+    "Experts",
+    "Groups",
+    "MoE",
+    "Router",
+    "Routing",
+    "SharedExperts",
+    "combine",
+    "group",
+    "grouped_gemm",
+    "moe",
+    "reference",
+    "route",
+    "show_config",
+]
+
+logging.getLogger("cumoe").addHandler(logging.NullHandler())
+
+if gpu_is_there():
+    compile_all()

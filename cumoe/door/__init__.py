@@ -1,0 +1,1 @@
+"""The door: whatever a caller hands over is recognised, checked and refused here, once."""

@@ -1,0 +1,105 @@
+"""Compiling the CUDA sources when the package is imported, and handing out kernels."""
+
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+from cumoe.door.arrays import cupy
+from cumoe.gpu.sources import OPTIONS, UNITS, unit_source
+
+log = logging.getLogger("cumoe")
+
+MIN_COMPUTE_CAPABILITY = 80
+"""cp.async and bf16 mma.sync begin with sm_80 (Ampere)."""
+
+KERNEL_UNIT = {
+    "route": "route",
+    "group": "group",
+    "grouped_gemm_mma_bfloat16": "grouped_gemm_bfloat16",
+    "grouped_gemm_mma_float16": "grouped_gemm_float16",
+    "grouped_gemm_simt": "grouped_gemm_simt",
+    "shared_gate": "gate",
+    "combine": "combine",
+}
+"""The beginning of a kernel's name, and the translation unit that holds it."""
+
+_failure: str | None = None
+
+
+def gpu_is_there() -> bool:
+    """Return whether CuPy sees a CUDA device; never raises."""
+    try:
+        return cupy is not None and bool(cupy.cuda.is_available())
+    except Exception:  # noqa: BLE001 - a broken driver may raise anything
+        return False
+
+
+@cache
+def modules() -> dict[str, Any]:
+    """Return the RawModules by translation unit; constructing them compiles nothing."""
+    return {unit: cupy.RawModule(code=unit_source(unit), options=OPTIONS) for unit in UNITS}
+
+
+def compile_all() -> None:
+    """Compile, or load from CuPy's cache, every kernel for the current device. A failure is kept for the first use."""
+    global _failure  # noqa: PLW0603 - one process has one outcome
+    begin = time.perf_counter()
+    try:
+        device = cupy.cuda.Device()
+        if int(device.compute_capability) < MIN_COMPUTE_CAPABILITY:
+            _failure = f"cumoe: expected a GPU of compute capability 8.0 or newer, got {device.compute_capability}"
+            log.warning("%s; NumPy arrays still run on the CPU", _failure)
+            return
+        log.info("compiling %d CUDA units for sm_%s (cached afterwards)", len(UNITS), device.compute_capability)
+
+        def compile_one(module: Any) -> None:
+            with cupy.cuda.Device(device.id):
+                module.compile()
+
+        with ThreadPoolExecutor(len(UNITS)) as pool:
+            list(pool.map(compile_one, modules().values()))
+    except Exception as error:  # noqa: BLE001 - import must succeed; the message reaches the first use
+        _failure = (
+            f"cumoe: the CUDA kernels could not be compiled: {type(error).__name__}: {error}. "
+            "pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12 brings the compiler and its headers"
+        )
+        log.warning("%s", _failure)
+        return
+    log.info("CUDA kernels ready after %.2f s", time.perf_counter() - begin)
+
+
+@cache
+def kernel(name: str) -> Any:
+    """Return a kernel by name.
+
+    Raises
+    ------
+    RuntimeError
+        If the kernels could not be compiled on this machine; the text says why.
+    """
+    if _failure is not None:
+        raise RuntimeError(_failure)
+    unit = next(unit for prefix, unit in KERNEL_UNIT.items() if name == prefix or name.startswith(prefix + "_"))
+    return modules()[unit].get_function(name)
+
+
+_allowed: dict[tuple[str, int], int] = {}  # (kernel, device) -> dynamic shared memory it may use
+
+
+def launch(name: str, grid: int, block: int, argument: Any, shared_bytes: int = 0) -> None:
+    """Launch a kernel with one by-value struct on the current stream of the current device."""
+    function = kernel(name)
+    if shared_bytes > 48 * 1024:
+        key = (name, cupy.cuda.runtime.getDevice())
+        if _allowed.get(key, 0) < shared_bytes:
+            function.max_dynamic_shared_size_bytes = shared_bytes
+            _allowed[key] = shared_bytes
+    function((grid,), (block,), (argument,), shared_mem=shared_bytes)
+
+
+@cache
+def num_multiprocessors(device_id: int) -> int:
+    """Return the number of SMs of a device."""
+    return int(cupy.cuda.Device(device_id).attributes["MultiProcessorCount"])

@@ -1,0 +1,151 @@
+"""The expert projections on CuPy arrays: routed and shared experts in the same launches."""
+
+from typing import Any
+
+import numpy as np
+
+from cumoe.data.groups import Groups
+from cumoe.data.routing import Routing
+from cumoe.data.weights import ExpertWeights, SharedExperts
+from cumoe.door.arrays import cupy
+from cumoe.gpu.compile import launch
+from cumoe.gpu.stacks import ExpertStack, run, strides
+
+Buffers = dict[str, tuple[tuple[int, ...], np.dtype]]
+
+GATE_LAUNCH = np.dtype(
+    [(name, "u8") for name in ("x", "gate", "gates")]
+    + [(name, "i8") for name in ("x_row_stride", "x_col_stride", "gate_stride")]
+    + [(name, "i4") for name in ("num_tokens", "hidden_size")]
+)
+GATE_WARPS = 8
+
+
+def buffers(num_tokens: int, top_k: int, weights: ExpertWeights, shared: tuple[SharedExperts, ...]) -> Buffers:
+    """Return name, shape and dtype of everything that the projections write.
+
+    Hidden rows have the dtype of the tokens, their pitch a multiple of 8 so that tensor cores can read them; expert rows
+    are float32, so that the combine rounds once.
+    """
+    dtype, float32 = weights.w_down.dtype, np.dtype(np.float32)
+    hidden_size, num_shared = weights.w_down.shape[1], sum(member.num_shared for member in shared)
+    widths = [member.intermediate_size for member in shared for _ in range(member.num_shared)]
+    wanted: Buffers = {
+        "hidden": ((num_tokens * top_k, _pitch(weights.intermediate_size)), dtype),
+        "rows": ((num_tokens * top_k, hidden_size), float32),
+        "shared_rows": ((num_shared, num_tokens, hidden_size), float32),
+        "shared_gates": ((num_shared, num_tokens), float32),
+    }
+    for s, width in enumerate(widths):
+        wanted[f"shared_hidden_{s}"] = ((num_tokens, _pitch(width)), dtype)
+    return wanted
+
+
+def forward(
+    x: Any,
+    routing: Routing,
+    groups: Groups,
+    weights: ExpertWeights,
+    shared: tuple[SharedExperts, ...],
+    weight_on: str,
+    out: dict[str, Any],
+) -> tuple[Any, Any]:
+    """Return (rows, shared_rows): weighted routed rows in sorted order, gated shared rows in token order."""
+    num_tokens, top_k = routing.topk_ids.shape
+    factors = routing.topk_weights
+
+    def factor(place: str) -> Any:
+        return factors if weight_on == place else None
+
+    routed: dict[str, Any] = {
+        "num_rows": num_tokens * top_k,
+        "expert_offsets": groups.expert_offsets,
+        "permutation": groups.permutation,
+    }
+    hidden = out["hidden"][:, : weights.intermediate_size]
+    first = [
+        _gate_up(x, weights, hidden, scale_in=factor("input"), scale_out=factor("activation"), slots_per_a_row=top_k, **routed)
+    ]
+    second = [_down(hidden, weights, out["rows"], scale_out=factor("output"), **routed)]
+    s = 0
+    for member in shared:
+        for i, own in enumerate(member.weights):
+            hidden = out[f"shared_hidden_{s}"][:, : own.intermediate_size]
+            gates = None
+            if member.gate is not None:
+                gates = out["shared_gates"][s]
+                _gate(x, member.gate[i], gates)
+            first.append(_gate_up(x, own, hidden, num_rows=num_tokens))
+            second.append(_down(hidden, own, out["shared_rows"][s], num_rows=num_tokens, scale_out=gates))
+            s += 1
+    run(first)
+    run(second)
+    return out["rows"], out["shared_rows"]
+
+
+def grouped_gemm(
+    a: Any, w: Any, groups: Groups, bias: Any, row_scale: Any, slots_per_a_row: int, dtype: np.dtype
+) -> Any:
+    """Return the grouped product, 0 in the rows without an expert; see `cumoe.grouped_gemm`."""
+    c = cupy.zeros((groups.permutation.size, w.shape[1]), dtype)
+    stack = ExpertStack(
+        a,
+        w,
+        c,
+        groups.permutation.size,
+        bias=bias,
+        expert_offsets=groups.expert_offsets,
+        permutation=groups.permutation,
+        scale_in=row_scale,
+        slots_per_a_row=slots_per_a_row,
+    )
+    run_as(stack, dtype)
+    return c
+
+
+def router_logits(x: Any, router_weight: Any, router_bias: Any, logits: Any) -> None:
+    """Write ``x @ router_weight^T + router_bias`` into the float32 array `logits`; nothing is rounded to 16 bits."""
+    bias = None if router_bias is None else router_bias[None]
+    run([ExpertStack(x, router_weight[None], logits, x.shape[0], bias=bias)])
+
+
+def run_as(stack: ExpertStack, dtype: np.dtype) -> None:
+    """Run one stack whose result may have any of the three dtypes: kernels store float32 or the dtype of `a`."""
+    if dtype in (np.float32, stack.a.dtype):
+        run([stack])
+        return
+    wide = cupy.zeros(stack.c.shape, np.float32)
+    run([ExpertStack(**{**vars(stack), "c": wide})])
+    stack.c[...] = wide
+
+
+def _gate_up(x: Any, weights: ExpertWeights, hidden: Any, **rows: Any) -> ExpertStack:
+    return ExpertStack(
+        x,
+        weights.w_gate_up,
+        hidden,
+        bias=weights.b_gate_up,
+        layout=weights.layout,
+        activation=weights.activation,
+        **rows,
+    )
+
+
+def _down(hidden: Any, weights: ExpertWeights, rows_out: Any, **rows: Any) -> ExpertStack:
+    return ExpertStack(hidden, weights.w_down, rows_out, bias=weights.b_down, **rows)
+
+
+def _gate(x: Any, gate: Any, gates: Any) -> None:
+    num_tokens, hidden_size = x.shape
+    if num_tokens == 0:
+        return
+    argument = np.zeros(1, GATE_LAUNCH)
+    argument["x"], argument["gate"], argument["gates"] = x.data.ptr, gate.data.ptr, gates.data.ptr
+    argument["x_row_stride"], argument["x_col_stride"] = strides(x)
+    argument["gate_stride"] = strides(gate)[0]
+    argument["num_tokens"], argument["hidden_size"] = num_tokens, hidden_size
+    launch(f"shared_gate_{x.dtype.name}", -(-num_tokens // GATE_WARPS), GATE_WARPS * 32, argument)
+
+
+def _pitch(width: int) -> int:
+    return -(-width // 8) * 8

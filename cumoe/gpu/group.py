@@ -1,0 +1,65 @@
+"""Launching kernels/group.cu."""
+
+from typing import Any
+
+import numpy as np
+
+from cumoe.data.groups import Groups
+from cumoe.door.arrays import cupy
+from cumoe.gpu.compile import launch
+
+WARPS = 8
+THREADS = WARPS * 32
+ONE_BLOCK_SLOTS = 4096
+"""Up to here one block counts and places in one launch."""
+MAX_BLOCKS = 128
+"""Every block reads the counts of all others: more blocks would read more than they place."""
+
+LAUNCH = np.dtype(
+    [
+        (name, "u8")
+        for name in ("topk_ids", "permutation", "inverse_permutation", "expert_offsets", "tokens_per_expert", "counts")
+    ]
+    + [(name, "i4") for name in ("num_slots", "num_experts", "slots_per_block", "padding")]
+)
+
+
+def num_blocks(num_slots: int) -> int:
+    """Return how many blocks share the slots."""
+    return 1 if num_slots <= ONE_BLOCK_SLOTS else min(MAX_BLOCKS, -(-num_slots // 1024))
+
+
+def buffers(num_tokens: int, top_k: int, num_experts: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Return name, shape and dtype of everything that grouping writes."""
+    int32 = np.dtype(np.int32)
+    return {
+        "permutation": ((num_tokens * top_k,), int32),
+        "expert_offsets": ((num_experts + 1,), int32),
+        "tokens_per_expert": ((num_experts,), int32),
+        "inverse_permutation": ((num_tokens, top_k), int32),
+        "counts": ((num_blocks(num_tokens * top_k), num_experts + 1), int32),
+    }
+
+
+def group(ids: Any, num_experts: int, out: dict[str, Any] | None = None) -> Groups:
+    """Sort the slots on the current stream, into the arrays `out` if they are given."""
+    num_slots = ids.size
+    if out is None:
+        out = {name: cupy.empty(*spec) for name, spec in buffers(*ids.shape, num_experts).items()}
+    groups = Groups(*(out[name] for name in Groups._fields))
+    if num_slots == 0:
+        groups.expert_offsets.fill(0)
+        groups.tokens_per_expert.fill(0)
+        return groups
+    blocks = num_blocks(num_slots)
+    argument = np.zeros(1, LAUNCH)
+    argument["topk_ids"] = ids.data.ptr
+    for name in LAUNCH.names[1:6]:  # type: ignore[index]
+        argument[name] = out[name].data.ptr
+    argument["num_slots"], argument["num_experts"] = num_slots, num_experts
+    argument["slots_per_block"] = -(-num_slots // (blocks * THREADS)) * THREADS
+    counters = 4 * (num_experts + 1)
+    if blocks > 1:
+        launch("group_count", blocks, THREADS, argument, WARPS * counters)
+    launch("group_place", blocks, THREADS, argument, (WARPS + 1) * counters)
+    return groups

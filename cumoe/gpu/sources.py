@@ -1,0 +1,40 @@
+"""The CUDA sources: where they lie, how a translation unit is joined, and which kernels it holds."""
+
+import re
+from functools import cache
+from pathlib import Path
+
+OPTIONS = ("--std=c++17",)
+
+UNITS = ("route", "group", "grouped_gemm_bfloat16", "grouped_gemm_float16", "grouped_gemm_simt", "gate", "combine")
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_INCLUDE = re.compile(r'^#include "([\w.]+)"$', re.MULTILINE)
+
+
+@cache
+def kernels_directory() -> Path:
+    """Return the folder of the sources: inside an installed package, beside it in a checkout."""
+    candidates = (_PACKAGE / "kernels", _PACKAGE.parent / "kernels")
+    for folder in candidates:
+        if (folder / "types.cuh").is_file():
+            return folder
+    raise FileNotFoundError(f"cumoe: no CUDA sources in {' or '.join(map(str, candidates))}; reinstall the package")
+
+
+@cache
+def unit_source(unit: str) -> str:
+    """Return one translation unit with the project's own headers written out in place, each once.
+
+    A cached cubin is looked up by its source text, so the headers have to be part of that text.
+    """
+    seen: set[str] = set()
+
+    def join(name: str) -> str:
+        if name in seen:
+            return ""
+        seen.add(name)
+        text = (kernels_directory() / name).read_text(encoding="utf-8").replace("#pragma once\n", "")
+        return _INCLUDE.sub(lambda match: join(match[1]), text)
+
+    return join(unit + ".cu")

@@ -1,0 +1,1 @@
+"""The layer: the function moe() and the object MoE."""

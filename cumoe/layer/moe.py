@@ -1,0 +1,138 @@
+"""The layer as a function: group, experts, combine."""
+
+from typing import Any, Literal
+
+import numpy as np
+
+from cumoe.cpu import experts as cpu_experts
+from cumoe.cpu.combine import combine as cpu_combine
+from cumoe.cpu.group import group as cpu_group
+from cumoe.data.routing import GPU_MAX_EXPERTS, Routing, admit_routing
+from cumoe.data.weights import Experts, SharedExperts, check_shared
+from cumoe.door.arrays import Kind, admit, check_kind, cupy, give_back
+from cumoe.door.checks import check_count, check_dtype, check_rank, check_shape, check_word, refuse
+from cumoe.door.output import output
+from cumoe.gpu import experts as gpu_experts
+from cumoe.gpu.combine import combine as gpu_combine
+from cumoe.gpu.group import group as gpu_group
+from cumoe.gpu.workspace import layer_buffers
+
+WEIGHT_ON = ("input", "activation", "output")
+WeightOn = Literal["input", "activation", "output"]
+
+
+def moe(
+    x: Any,
+    routing: Any,
+    experts: Experts,
+    shared: Any = None,
+    *,
+    weight_on: WeightOn = "output",
+    out: Any = None,
+) -> Any:
+    r"""Compute a Mixture-of-Experts layer from tokens and their routing.
+
+    ::
+
+        y[t] = sum_j out_scale * Expert_e(in_scale * x[t])  +  sum_s sigmoid(x[t] . gate_s) * Shared_s(x[t])
+        e, w = topk_ids[t, j], topk_weights[t, j]
+
+        weight_on="input"        in_scale = w, out_scale = 1             Llama-4, for any top_k
+        weight_on="activation"   w multiplies the activated hidden row, before the down projection
+        weight_on="output"       in_scale = 1, out_scale = w             everyone else
+
+    No token is copied or rescaled in memory: ``(w x) W + b = w (x W) + b``, so a weight on the input is a factor of the
+    first projection's float32 accumulator. The shared experts see the tokens as they are.
+
+    Parameters
+    ----------
+    x : (num_tokens, hidden_size) array, float32, float16 or bfloat16
+        Any strides. NumPy: computed on the CPU. CuPy: on the current stream. Other DLPack exporters are viewed.
+    routing : Routing or pair (topk_ids, topk_weights)
+        From `route`, or the caller's own. Ids outside ``[0, num_experts)`` are slots without an expert and contribute
+        nothing; an expert named twice counts twice.
+    experts : Experts
+        In the dtype of `x`.
+    shared : SharedExperts or a sequence of them, optional
+    weight_on : {"input", "activation", "output"}
+    out : (num_tokens, hidden_size) array, optional
+        Where to write, in the dtype of `x`; may be `x` itself. C-contiguous on a GPU.
+
+    Returns
+    -------
+    (num_tokens, hidden_size) array
+        In the dtype and of the library of `x`; `out` itself if it was given.
+
+    Raises
+    ------
+    TypeError
+        If something is no array or not of its class, dtypes differ, or arrays differ in library or device.
+    ValueError
+        If a shape does not fit, a word is unknown, num_tokens * top_k >= 2^31, or num_experts > 1024 on a GPU.
+    RuntimeError
+        If arrays are on a GPU whose kernels could not be compiled; the text says why.
+
+    See Also
+    --------
+    MoE : the layer as an object that routes, and keeps its memory.
+
+    Notes
+    -----
+    Accumulation, factors and combine are float32; the hidden row between the projections has the dtype of `x` on a GPU
+    (float32 on the CPU), the result is rounded once. Same bits on every run; on a GPU also for every batch around a row.
+
+    Memory beyond inputs and output, on a GPU: hidden rows num_tokens * (top_k * I + sum_s I_s) in the dtype of `x`,
+    float32 result rows num_tokens * (top_k + num_shared) * hidden_size, and 2 * num_tokens * top_k int32. They come from
+    CuPy's pool; inside a graph capture use `MoE`, which keeps them. Up to 7 launches, no host synchronisation.
+    """
+    experts, members = check_weights(experts, shared, weight_on)
+    tokens, kind = admit_tokens(x, experts)
+    routing = admit_routing(routing, kind, "x", tokens.shape[0])
+    y, result = output(out, tokens.shape, tokens.dtype, kind, "x")
+    buffers = {}
+    if kind.on_gpu:
+        wanted = layer_buffers(*routing.topk_ids.shape, experts.weights, members)
+        buffers = {name: cupy.empty(*spec) for name, spec in wanted.items()}
+    forward(tokens, routing, experts, members, weight_on, y, buffers)
+    return result if out is not None else give_back(y, kind)
+
+
+def check_weights(experts: Any, shared: Any, weight_on: Any) -> tuple[Experts, tuple[SharedExperts, ...]]:
+    """Return checked experts and shared experts."""
+    if not isinstance(experts, Experts):
+        raise TypeError(refuse("experts", "a cumoe.Experts", type(experts).__name__))
+    check_word("weight_on", weight_on, WEIGHT_ON)
+    if experts.kind.on_gpu:
+        check_count("num_experts", experts.num_experts, 1, GPU_MAX_EXPERTS, of=" on a GPU")
+    return experts, check_shared(shared, experts)
+
+
+def admit_tokens(x: Any, experts: Experts) -> tuple[Any, Kind]:
+    """View the tokens; raise unless they fit the experts."""
+    tokens, kind = admit("x", x)
+    check_kind("x", kind, experts.kind, "experts")
+    check_dtype("x", tokens, (experts.dtype,))
+    check_rank("x", tokens, ("num_tokens", "hidden_size"))
+    check_shape("x", tokens, {"num_tokens": tokens.shape[0], "hidden_size": experts.hidden_size})
+    return tokens, kind
+
+
+def forward(
+    x: Any,
+    routing: Routing,
+    experts: Experts,
+    shared: tuple[SharedExperts, ...],
+    weight_on: str,
+    y: Any,
+    buffers: dict[str, Any],
+) -> None:
+    """Run the checked stages after routing, into `y`; on a GPU `buffers` holds everything else that is written."""
+    weights = experts.weights
+    if isinstance(x, np.ndarray):
+        groups = cpu_group(routing.topk_ids, experts.num_experts)
+        rows = cpu_experts.routed_rows(x, routing, groups, weights, weight_on)
+        cpu_combine(rows, groups.inverse_permutation, None, cpu_experts.shared_rows(x, shared), y)
+        return
+    groups = gpu_group(routing.topk_ids, experts.num_experts, buffers)
+    rows, shared_rows = gpu_experts.forward(x, routing, groups, weights, shared, weight_on, buffers)
+    gpu_combine(rows, groups.inverse_permutation, None, shared_rows, y)

@@ -1,0 +1,1 @@
+"""The four stages, in the order data passes through them: route, group, grouped_gemm, combine."""

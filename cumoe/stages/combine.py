@@ -1,0 +1,83 @@
+"""Stage 4: from expert rows back to tokens."""
+
+from typing import Any
+
+import numpy as np
+
+from cumoe.cpu.combine import combine as cpu_combine
+from cumoe.data.groups import Groups, check_groups
+from cumoe.door.arrays import admit, admit_like, give_back
+from cumoe.door.checks import FACTOR_DTYPES, check_dtype, check_rank, check_shape
+from cumoe.door.output import output
+from cumoe.gpu.combine import combine as gpu_combine
+
+
+def combine(
+    rows: Any, groups: Any, topk_weights: Any = None, shared_rows: Any = None, *, dtype: Any = None, out: Any = None
+) -> Any:
+    """Sum the rows of every token, in slot order.
+
+    ::
+
+        y[t] = sum_j topk_weights[t, j] * rows[inverse_permutation[t, j]]  +  sum_s shared_rows[s, t]
+
+    Parameters
+    ----------
+    rows : (num_tokens * top_k, hidden_size) array, float32
+        In sorted order, as `grouped_gemm` writes them. Rows of slots without an expert are never read.
+    groups : Groups
+    topk_weights : (num_tokens, top_k) array, optional
+        Any float dtype, converted to float32. Without them the rows are taken to carry their weights.
+    shared_rows : (num_shared, num_tokens, hidden_size) array, float32, optional
+        Added unweighted.
+    dtype : dtype, optional
+        Of the result: float32 (default), float16 or bfloat16.
+    out : (num_tokens, hidden_size) array, optional
+        Where to write; C-contiguous on a GPU.
+
+    Returns
+    -------
+    (num_tokens, hidden_size) array
+        Of the library that `rows` came from; `out` itself if it was given.
+
+    Raises
+    ------
+    TypeError
+        If something is no array, has another dtype, or differs from `rows` in library or device.
+    ValueError
+        If a shape does not fit.
+
+    See Also
+    --------
+    group, grouped_gemm : the stages before.
+
+    Notes
+    -----
+    Sums are float32 in the order of the formula and rounded once. GPU: one launch on the current stream, no host
+    synchronisation, can be captured; reads (top_k + num_shared) * num_tokens rows, writes num_tokens.
+    """
+    sorted_rows, kind = admit("rows", rows)
+    check_rank("rows", sorted_rows, ("num_tokens * top_k", "hidden_size"))
+    check_dtype("rows", sorted_rows, (np.dtype(np.float32),))
+    groups = check_groups(groups, kind, "rows")
+    num_tokens, top_k = groups.inverse_permutation.shape
+    hidden_size = sorted_rows.shape[1]
+    check_shape("rows", sorted_rows, {"num_tokens * top_k": num_tokens * top_k, "hidden_size": hidden_size})
+    weights = None
+    if topk_weights is not None:
+        weights = admit_like("topk_weights", topk_weights, kind, "rows")
+        check_dtype("topk_weights", weights, FACTOR_DTYPES)
+        check_shape("topk_weights", weights, {"num_tokens": num_tokens, "top_k": top_k})
+        weights = weights.astype(np.float32, order="C", copy=False)
+    shared = None
+    if shared_rows is not None:
+        shared = admit_like("shared_rows", shared_rows, kind, "rows")
+        check_rank("shared_rows", shared, ("num_shared", "num_tokens", "hidden_size"))
+        check_dtype("shared_rows", shared, (np.dtype(np.float32),))
+        check_shape(
+            "shared_rows", shared, {"num_shared": len(shared), "num_tokens": num_tokens, "hidden_size": hidden_size}
+        )
+    y, result = output(out, (num_tokens, hidden_size), np.dtype(dtype or np.float32), kind, "rows")
+    engine = gpu_combine if kind.on_gpu else cpu_combine
+    engine(sorted_rows, groups.inverse_permutation, weights, shared, y)
+    return result if out is not None else give_back(y, kind)

@@ -1,0 +1,112 @@
+"""Stage 3, the building block: one product an expert over the sorted rows."""
+
+from typing import Any, Literal
+
+import numpy as np
+
+from cumoe.cpu.experts import grouped_gemm as cpu_grouped_gemm
+from cumoe.data.groups import Groups, check_groups
+from cumoe.door.arrays import Kind, admit, admit_like, give_back
+from cumoe.door.checks import (
+    FACTOR_DTYPES,
+    FLOAT_DTYPES,
+    check_count,
+    check_dtype,
+    check_rank,
+    check_shape,
+    check_word,
+    refuse,
+)
+from cumoe.gpu.experts import grouped_gemm as gpu_grouped_gemm
+
+
+def grouped_gemm(
+    x: Any,
+    w: Any,
+    groups: Groups,
+    bias: Any = None,
+    row_scale: Any = None,
+    *,
+    rows: Literal["sorted", "tokens"] = "sorted",
+    dtype: Any = None,
+) -> Any:
+    """Multiply the rows of every expert by that expert's matrix.
+
+    ::
+
+        y[r] = row_scale[slot] * (a_r @ w[e]^T) + bias[e]        for expert_offsets[e] <= r < expert_offsets[e + 1]
+        slot = permutation[r]
+        a_r  = x[r]                     rows="sorted"
+        a_r  = x[slot // top_k]         rows="tokens": gathered while it is read, never copied
+
+    Parameters
+    ----------
+    x : (num_tokens * top_k, K) or (num_tokens, K) array, float32, float16 or bfloat16
+        The second with ``rows="tokens"``. Any strides.
+    w : (num_experts, N, K) array, like `x`
+        Any strides; a transposed ``(num_experts, K, N)`` array is passed as ``w.swapaxes(1, 2)``.
+    groups : Groups
+    bias : (num_experts, N) array, optional
+        Any float dtype; converted to float32.
+    row_scale : (num_tokens, top_k) array, optional
+        Factor of each slot, on the float32 accumulator and before the bias; any float dtype, converted to float32.
+    rows : {"sorted", "tokens"}
+    dtype : dtype, optional
+        Of the result: float32, float16 or bfloat16; the dtype of `x` by default.
+
+    Returns
+    -------
+    (num_tokens * top_k, N) array
+        In sorted order, of the library that `x` came from. Rows of slots without an expert, the last ones, are 0.
+
+    Raises
+    ------
+    TypeError
+        If something is no array, has another dtype, or differs from `x` in library or device.
+    ValueError
+        If a shape does not fit or a word is unknown.
+
+    See Also
+    --------
+    group, combine : the stages around.
+
+    Notes
+    -----
+    Accumulation in float32. GPU: one launch and a fill with zeros on the current stream, no host synchronisation, can be
+    captured; a row has the same bits whatever other rows there are. 16-bit arrays whose strides and bases are multiples
+    of 16 bytes run on tensor cores, all others on float32 units.
+    """
+    check_word("rows", rows, ("sorted", "tokens"))
+    a, kind = admit("x", x)
+    check_dtype("x", a, FLOAT_DTYPES)
+    check_rank("x", a, ("rows", "K"))
+    weights = admit_like("w", w, kind, "x")
+    check_rank("w", weights, ("num_experts", "N", "K"))
+    if weights.dtype != a.dtype:
+        raise TypeError(refuse("w", f"dtype {a.dtype.name}, like x", weights.dtype.name))
+    num_experts, width, inner = weights.shape
+    for axis, size in (("num_experts", num_experts), ("N", width), ("K", inner)):
+        check_count(f"{axis} of w", size, 1)
+    groups = check_groups(groups, kind, "x")
+    check_shape("expert_offsets", groups.expert_offsets, {"num_experts + 1": num_experts + 1})
+    num_tokens, top_k = groups.inverse_permutation.shape
+    num_rows = num_tokens if rows == "tokens" else num_tokens * top_k
+    check_shape("x", a, {"num_tokens" if rows == "tokens" else "num_tokens * top_k": num_rows, "K": inner})
+    bias = _factors("bias", bias, {"num_experts": num_experts, "N": width}, kind)
+    scale = _factors("row_scale", row_scale, {"num_tokens": num_tokens, "top_k": top_k}, kind)
+    result_dtype = np.dtype(dtype or a.dtype)
+    if result_dtype not in FLOAT_DTYPES:
+        raise TypeError(refuse("dtype", "float32, float16 or bfloat16", result_dtype.name))
+    slots_per_a_row = top_k if rows == "tokens" else 0
+    engine = gpu_grouped_gemm if kind.on_gpu else cpu_grouped_gemm
+    return give_back(engine(a, weights, groups, bias, scale, slots_per_a_row, result_dtype), kind)
+
+
+def _factors(name: str, array: Any, axes: dict[str, int], kind: Kind) -> Any:
+    """View optional float factors as contiguous float32."""
+    if array is None:
+        return None
+    array = admit_like(name, array, kind, "x")
+    check_dtype(name, array, FACTOR_DTYPES)
+    check_shape(name, array, axes)
+    return array.astype(np.float32, order="C", copy=False)

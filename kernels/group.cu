@@ -1,0 +1,150 @@
+// group: a stable counting sort of the token slots by expert
+//
+//   permutation[r]          slot (token * top_k + j) of sorted row r; slots without an expert come last
+//   inverse_permutation[s]  sorted row of slot s, or -1 for a slot without an expert (an id outside [0, num_experts))
+//   expert_offsets[e]       first sorted row of expert e; [num_experts] = number of slots that have one
+//
+//   grid     group_count and group_place: the same blocks, each owns a run of `slots_per_block` slots
+//   block    256 threads; each warp owns a contiguous eighth of the block's run, which it walks 32 slots at a time
+//   smem     (8 + 1) x (num_experts + 1) counters: one histogram a warp, and the block's first rows; 36 KiB at 1024
+//
+// One block needs no group_count: it is the only column of the matrix of counts. All positions follow from integer
+// counts in slot order; there is no atomic, so the order is stable and the same on every run.
+//
+//   barrier       means
+//   after count   the histograms of all warps are complete
+//   after scan    every warp's histogram holds the row of its first slot of each expert
+#include "types.cuh"
+
+namespace group {
+
+constexpr int WARPS = 8, THREADS = WARPS * WARP;
+
+struct GroupLaunch {
+  const int* topk_ids;       // (num_slots)
+  int* permutation;          // (num_slots)
+  int* inverse_permutation;  // (num_slots)
+  int* expert_offsets;       // (num_experts + 1)
+  int* tokens_per_expert;    // (num_experts)
+  int* counts;               // (num_blocks, num_experts + 1), unused with one block
+  int num_slots, num_experts, slots_per_block, padding;
+};
+static_assert(sizeof(GroupLaunch) == 64, "cumoe/gpu/group.py packs 64 bytes");
+
+// The bin of a slot: its expert, or one past the last for a slot without an expert.
+__device__ __forceinline__ int bin_of(const GroupLaunch& p, int slot) {
+  int expert = p.topk_ids[slot];
+  return expert >= 0 && expert < p.num_experts ? expert : p.num_experts;
+}
+
+struct Run { int begin, end; };  // slots of this warp
+
+__device__ __forceinline__ Run run_of_warp(const GroupLaunch& p) {
+  int64 warp_slots = p.slots_per_block / WARPS;
+  int64 begin = (int64)blockIdx.x * p.slots_per_block + threadIdx.x / WARP * warp_slots, end = begin + warp_slots;
+  int64 last = p.num_slots;
+  return {(int)(begin < last ? begin : last), (int)(end < last ? end : last)};
+}
+
+// Walks the warp's slots in order; visit(slot, bin, rank among equals of these 32, number of equals, leader).
+template <typename Visit> __device__ __forceinline__ void walk(const GroupLaunch& p, Visit visit) {
+  int lane = threadIdx.x % WARP;
+  Run run = run_of_warp(p);
+  for (int first = run.begin; first < run.end; first += WARP) {
+    int slot = first + lane;
+    bool valid = slot < run.end;
+    int bin = valid ? bin_of(p, slot) : -1;
+    uint32 equals = __match_any_sync(FULL_MASK, bin);
+    int rank = __popc(equals & ((1u << lane) - 1));
+    if (valid) visit(slot, bin, rank, __popc(equals), rank == 0);
+    __syncwarp();
+  }
+}
+
+// (WARPS, num_bins) histograms of the warps' runs.
+__device__ __forceinline__ void count(const GroupLaunch& p, int* histograms) {
+  int num_bins = p.num_experts + 1;
+  for (int i = threadIdx.x; i < WARPS * num_bins; i += THREADS) histograms[i] = 0;
+  __syncthreads();
+  int* histogram = histograms + threadIdx.x / WARP * num_bins;
+  walk(p, [&](int, int bin, int, int equals, bool leader) { if (leader) histogram[bin] += equals; });
+  __syncthreads();
+}
+
+__device__ __forceinline__ int block_total(const int* histograms, int num_bins, int bin) {
+  int total = 0;
+  for (int warp = 0; warp < WARPS; ++warp) total += histograms[warp * num_bins + bin];
+  return total;
+}
+
+// Exclusive prefix sum in place over n integers in shared memory; every thread sums a run of neighbours.
+__device__ __forceinline__ void exclusive_scan(int* values, int n) {
+  __shared__ int warp_totals[WARPS];
+  int run = ceil_div(n, THREADS), begin = min(threadIdx.x * run, n), end = min(begin + run, n);
+  int sum = 0;
+  for (int i = begin; i < end; ++i) sum += values[i];
+  int inclusive = sum, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  for (int step = 1; step < WARP; step *= 2) {
+    int left = __shfl_up_sync(FULL_MASK, inclusive, step);
+    if (lane >= step) inclusive += left;
+  }
+  if (lane == WARP - 1) warp_totals[warp] = inclusive;
+  __syncthreads();
+  int offset = inclusive - sum;
+  for (int w = 0; w < warp; ++w) offset += warp_totals[w];
+  for (int i = begin; i < end; ++i) { int value = values[i]; values[i] = offset; offset += value; }
+  __syncthreads();
+}
+
+__device__ __forceinline__ void place(const GroupLaunch& p, int* histograms, int* first_rows) {
+  int num_bins = p.num_experts + 1, num_blocks = gridDim.x;
+  count(p, histograms);
+  // Rows of each bin in all blocks, then the first row of each bin.
+  for (int bin = threadIdx.x; bin < num_bins; bin += THREADS) {
+    int total = 0;
+    if (num_blocks == 1) total = block_total(histograms, num_bins, bin);
+    else for (int block = 0; block < num_blocks; ++block) total += p.counts[(int64)block * num_bins + bin];
+    first_rows[bin] = total;
+  }
+  __syncthreads();
+  if (blockIdx.x == 0)
+    for (int e = threadIdx.x; e < p.num_experts; e += THREADS) p.tokens_per_expert[e] = first_rows[e];
+  __syncthreads();
+  exclusive_scan(first_rows, num_bins);
+  if (blockIdx.x == 0)
+    for (int bin = threadIdx.x; bin < num_bins; bin += THREADS) p.expert_offsets[bin] = first_rows[bin];
+  // Turn each warp's count into the row of its first slot: rows of earlier blocks, then of earlier warps.
+  for (int bin = threadIdx.x; bin < num_bins; bin += THREADS) {
+    int row = first_rows[bin];
+    for (int block = 0; block < (int)blockIdx.x; ++block) row += p.counts[(int64)block * num_bins + bin];
+    for (int warp = 0; warp < WARPS; ++warp) {
+      int count = histograms[warp * num_bins + bin];
+      histograms[warp * num_bins + bin] = row;
+      row += count;
+    }
+  }
+  __syncthreads();
+  int* next_row = histograms + threadIdx.x / WARP * num_bins;
+  walk(p, [&](int slot, int bin, int rank, int equals, bool leader) {
+    int row = next_row[bin] + rank;
+    p.permutation[row] = slot;
+    p.inverse_permutation[slot] = bin < p.num_experts ? row : -1;
+    __syncwarp(__activemask());  // every equal has read the row before the leader moves it
+    if (leader) next_row[bin] += equals;
+  });
+}
+
+}  // namespace group
+
+extern "C" __global__ void __launch_bounds__(group::THREADS) group_count(const __grid_constant__ group::GroupLaunch launch) {
+  extern __shared__ int histograms[];  // (WARPS, num_experts + 1)
+  int num_bins = launch.num_experts + 1;
+  group::count(launch, histograms);
+  for (int bin = threadIdx.x; bin < num_bins; bin += group::THREADS)
+    launch.counts[(int64)blockIdx.x * num_bins + bin] = group::block_total(histograms, num_bins, bin);
+}
+
+extern "C" __global__ void __launch_bounds__(group::THREADS) group_place(const __grid_constant__ group::GroupLaunch launch) {
+  extern __shared__ int histograms[];  // (WARPS, num_experts + 1) counters, then (num_experts + 1) first rows
+  group::place(launch, histograms, histograms + group::WARPS * (launch.num_experts + 1));
+}

@@ -1,0 +1,4 @@
+// The bfloat16 kernels of grouped_gemm_mma.cuh; a file of its own so that types compile side by side.
+#include "grouped_gemm_mma.cuh"
+
+GROUPED_GEMM_MMA_ALL(grouped_gemm_mma_bfloat16, bf16)
