@@ -72,7 +72,8 @@ def _weigh(logits: np.ndarray, ids: np.ndarray, router: Router) -> np.ndarray:
 def group(topk_ids: np.ndarray, num_experts: int) -> Groups:
     """Group by going through the slots once for every expert; the definition is in `cumoe.group`."""
     num_tokens, top_k = topk_ids.shape
-    permutation, expert_offsets = [], [0]
+    permutation: list[int] = []
+    expert_offsets = [0]
     inverse = np.full((num_tokens, top_k), -1, np.int32)
     for e in range(num_experts):
         for t in range(num_tokens):
@@ -143,7 +144,7 @@ def moe(
     """Compute the layer by its definition, token after token and slot after slot; see `cumoe.moe`."""
     x = x.astype(dtype)
     y = np.zeros(x.shape, dtype)
-    routed = _in_dtype(experts.weights, dtype)
+    routed = experts.weights.map(lambda array: array.astype(dtype))
     with np.errstate(over="ignore", invalid="ignore"):
         for t in range(len(x)):
             for e, w in zip(routing.topk_ids[t], routing.topk_weights[t].astype(dtype), strict=True):
@@ -151,7 +152,7 @@ def moe(
                     y[t] += _expert(x[t], routed, e, **{weight_on: w})
         for member in check_shared(shared, experts):
             for s, weights in enumerate(member.weights):
-                own = _in_dtype(weights, dtype)
+                own = weights.map(lambda array: array.astype(dtype))
                 for t in range(len(x)):
                     gate = 1 if member.gate is None else 1 / (1 + np.exp(-(x[t] @ member.gate[s].astype(dtype))))
                     y[t] += gate * _expert(x[t], own, 0)
@@ -163,8 +164,3 @@ def _expert(v: np.ndarray, weights: ExpertWeights, e: int, input: Any = 1, activ
     projected = weights.w_gate_up[e] @ (input * v) + (0 if weights.b_gate_up is None else weights.b_gate_up[e])
     hidden = activation * weights.activation.apply(*weights.split(projected))
     return output * (weights.w_down[e] @ hidden + (0 if weights.b_down is None else weights.b_down[e]))
-
-
-def _in_dtype(weights: ExpertWeights, dtype: Any) -> ExpertWeights:
-    arrays = (None if array is None else array.astype(dtype) for array in weights[:4])
-    return ExpertWeights(*arrays, *weights[4:])

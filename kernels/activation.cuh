@@ -23,7 +23,7 @@ __device__ __forceinline__ float at_least(float value, float limit) { return val
 
 __device__ __forceinline__ float sigmoid(float value) { return 1.0f / (1.0f + expf(-value)); }
 
-__device__ __noinline__ float phi(int name, float alpha, float g) {
+__device__ __forceinline__ float phi(int name, float alpha, float g) {
   switch (name) {
     case SILU: return g / (1.0f + expf(-alpha * g));
     // erfc keeps the relative accuracy of the negative tail, where 1 + erf cancels.

@@ -1,6 +1,7 @@
 """The weights of routed and shared experts, checked once and held as views."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -35,6 +36,11 @@ class ExpertWeights(NamedTuple):
         if self.layout == "interleaved":
             return projected[..., 0::2], projected[..., 1::2]
         return projected, None
+
+    def map(self, change: Callable[[Any], Any]) -> "ExpertWeights":
+        """Return the same weights with `change` applied to every array that exists."""
+        gate_up, down, b_gate_up, b_down = (None if array is None else change(array) for array in self[:4])
+        return ExpertWeights(gate_up, down, b_gate_up, b_down, self.activation, self.layout)
 
 
 class Experts:
@@ -179,14 +185,10 @@ class SharedExperts:
         experts = Experts(
             as_stack["w_gate_up"], as_stack["w_down"], as_stack["b_gate_up"], as_stack["b_down"], activation, layout=layout
         )
-        experts_weights = experts.weights
         self.num_shared, self.dtype = experts.num_experts, experts.dtype
         self.hidden_size, self.intermediate_size = experts.hidden_size, experts.intermediate_size
         self.gate = self._check_gate(arrays["gate"], stacked)
-        self.weights = [
-            ExpertWeights(*(part[s : s + 1] if part is not None else None for part in experts_weights[:4]), *experts_weights[4:])
-            for s in range(self.num_shared)
-        ]
+        self.weights = [experts.weights.map(itemgetter(slice(s, s + 1))) for s in range(self.num_shared)]
 
     def _check_gate(self, gate: Any, stacked: bool) -> Any:
         """Return the gates as (num_shared, hidden_size), or None."""

@@ -107,7 +107,9 @@ def give_back(array: Any, kind: Kind) -> Any:
 def _library_of(array: Any) -> str:
     """Return the exporter's library and remember its ``from_dlpack``."""
     package = type(array).__module__.split(".")[0]
-    namespace = array.__array_namespace__() if hasattr(array, "__array_namespace__") else sys.modules.get(package)
+    namespace: Any = sys.modules.get(package)
+    if hasattr(array, "__array_namespace__"):
+        namespace = array.__array_namespace__()
     if not hasattr(namespace, "from_dlpack"):
         raise TypeError(refuse("array", "an exporter whose library has from_dlpack", f"{package}.{type(array).__name__}"))
     library = namespace.__name__.split(".")[0]

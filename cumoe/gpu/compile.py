@@ -58,8 +58,10 @@ def compile_all() -> None:
             with cupy.cuda.Device(device.id):
                 module.compile()
 
-        with ThreadPoolExecutor(len(UNITS)) as pool:
-            list(pool.map(compile_one, modules().values()))
+        first, *others = modules().values()
+        compile_one(first)  # alone: it fills CuPy's per-process cache of the options that all units share
+        with ThreadPoolExecutor(len(others)) as pool:
+            list(pool.map(compile_one, others))
     except Exception as error:  # noqa: BLE001 - import must succeed; the message reaches the first use
         _failure = (
             f"cumoe: the CUDA kernels could not be compiled: {type(error).__name__}: {error}. "

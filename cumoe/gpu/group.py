@@ -43,9 +43,10 @@ def buffers(num_tokens: int, top_k: int, num_experts: int) -> dict[str, tuple[tu
 
 def group(ids: Any, num_experts: int, out: dict[str, Any] | None = None) -> Groups:
     """Sort the slots on the current stream, into the arrays `out` if they are given."""
-    num_slots = ids.size
+    num_tokens, top_k = ids.shape
+    num_slots = num_tokens * top_k
     if out is None:
-        out = {name: cupy.empty(*spec) for name, spec in buffers(*ids.shape, num_experts).items()}
+        out = {name: cupy.empty(*spec) for name, spec in buffers(num_tokens, top_k, num_experts).items()}
     groups = Groups(*(out[name] for name in Groups._fields))
     if num_slots == 0:
         groups.expert_offsets.fill(0)

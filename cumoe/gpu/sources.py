@@ -6,7 +6,8 @@ from pathlib import Path
 
 OPTIONS = ("--std=c++17",)
 
-UNITS = ("route", "group", "grouped_gemm_bfloat16", "grouped_gemm_float16", "grouped_gemm_simt", "gate", "combine")
+UNITS = ("gate", "route", "group", "grouped_gemm_bfloat16", "grouped_gemm_float16", "grouped_gemm_simt", "combine")
+"""Translation units; the quickest to compile comes first."""
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _INCLUDE = re.compile(r'^#include "([\w.]+)"$', re.MULTILINE)

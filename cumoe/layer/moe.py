@@ -91,7 +91,8 @@ def moe(
     y, result = output(out, tokens.shape, tokens.dtype, kind, "x")
     buffers = {}
     if kind.on_gpu:
-        wanted = layer_buffers(*routing.topk_ids.shape, experts.weights, members)
+        num_tokens, top_k = routing.topk_ids.shape
+        wanted = layer_buffers(num_tokens, top_k, experts.weights, members)
         buffers = {name: cupy.empty(*spec) for name, spec in wanted.items()}
     forward(tokens, routing, experts, members, weight_on, y, buffers)
     return result if out is not None else give_back(y, kind)
