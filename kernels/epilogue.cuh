@@ -30,9 +30,12 @@ __device__ __noinline__ float finish_pair(const ExpertStack& stack, int expert, 
   return scales.out * activate_gated(stack.activation, gate, up);
 }
 
+template <typename C> __device__ __forceinline__ C* result(const ExpertStack& stack, int row, int feature) {
+  return static_cast<C*>(stack.c) + (int64)row * stack.c_row_stride + feature;
+}
+
 template <typename T>
 __device__ __forceinline__ void store(const GemmLaunch& launch, const ExpertStack& stack, int row, int feature, float value) {
-  int64 at = (int64)row * stack.c_row_stride + feature;
-  if (launch.c_is_float32) static_cast<float*>(stack.c)[at] = value;
-  else static_cast<T*>(stack.c)[at] = from_float<T>(value);
+  if (launch.c_is_float32) *result<float>(stack, row, feature) = value;
+  else *result<T>(stack, row, feature) = from_float<T>(value);
 }

@@ -128,19 +128,22 @@ template <typename T, int BLOCK_M, WeightOrder ORDER> struct GroupedGemm {
     }
   }
 
-  __device__ __forceinline__ void store_pair(const ExpertStack& stack, int row, int feature, float first, float second) {
-    int64 at = (int64)row * stack.c_row_stride + feature;
-    int left = features(stack) - feature;
-    if (left >= 2 && at % 2 == 0) {  // c is 16-byte aligned, so an even element starts a pair
-      if (launch.c_is_float32) *reinterpret_cast<float2*>(static_cast<float*>(stack.c) + at) = make_float2(first, second);
-      else {
-        struct alignas(4) { T x, y; } pair = {from_float<T>(first), from_float<T>(second)};
-        *reinterpret_cast<uint32*>(static_cast<T*>(stack.c) + at) = *reinterpret_cast<uint32*>(&pair);
-      }
+  // One store where the address allows it: rows of odd width begin between two pairs.
+  template <typename C> __device__ __forceinline__ static void put_pair(C* c, C first, C second, int left) {
+    struct alignas(2 * sizeof(C)) Pair { C first, second; };
+    if (left >= 2 && reinterpret_cast<uint64>(c) % sizeof(Pair) == 0) {
+      *reinterpret_cast<Pair*>(c) = {first, second};
       return;
     }
-    if (left >= 1) store<T>(launch, stack, row, feature, first);
-    if (left >= 2) store<T>(launch, stack, row, feature + 1, second);
+    c[0] = first;
+    if (left >= 2) c[1] = second;
+  }
+
+  __device__ __forceinline__ void store_pair(const ExpertStack& stack, int row, int feature, float first, float second) {
+    int left = features(stack) - feature;
+    if (left <= 0) return;
+    if (launch.c_is_float32) put_pair(result<float>(stack, row, feature), first, second, left);
+    else put_pair(result<T>(stack, row, feature), from_float<T>(first), from_float<T>(second), left);
   }
 
   __device__ __forceinline__ void store_tile(const ExpertStack& stack, const Tile& tile, float (&acc)[M_TILES][2][N_TILES][4]) {

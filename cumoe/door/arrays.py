@@ -8,6 +8,7 @@ must agree in library and device.
 import logging
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -95,6 +96,11 @@ def check_kind(name: str, own_kind: Kind, kind: Kind, owner: str) -> None:
     """Raise TypeError unless two already admitted things agree in library and device."""
     if own_kind != kind:
         raise TypeError(refuse(name, f"{kind}, like {owner}", str(own_kind)))
+
+
+def on_device(kind: Kind) -> AbstractContextManager[Any]:
+    """Make the GPU of `kind` the current device for a while; does nothing for the CPU."""
+    return cupy.cuda.Device(int(kind.device.partition(":")[2])) if kind.on_gpu else nullcontext()
 
 
 def give_back(array: Any, kind: Kind) -> Any:

@@ -7,7 +7,7 @@ import numpy as np
 from cumoe.cpu.experts import project as cpu_project
 from cumoe.cpu.route import route as cpu_route
 from cumoe.data.routing import Router, Routing, check_logits, check_router, check_slots
-from cumoe.door.arrays import Kind, admit_like, give_back
+from cumoe.door.arrays import Kind, admit_like, give_back, on_device
 from cumoe.door.checks import FACTOR_DTYPES, FLOAT_DTYPES, check_count, check_dtype, check_shape, refuse
 from cumoe.door.output import output
 from cumoe.gpu.experts import router_logits as gpu_router_logits
@@ -120,16 +120,15 @@ class MoE:
             check_shape("router_logits", logits, {"num_tokens": num_tokens, "num_experts": self.experts.num_experts})
         elif self.router_weight is None:
             raise ValueError(refuse("router_logits", "an array, since the layer has no router_weight", None))
-        y, result = output(out, tokens.shape, tokens.dtype, kind, "x")
-        if kind.on_gpu:
-            self._forward_gpu(tokens, logits, y)
-        else:
-            routing = cpu_route(self._cpu_logits(tokens) if logits is None else logits, self.router)
-            forward(tokens, routing, self.experts, self.shared, self.weight_on, y, {})
+        with on_device(kind):
+            y, result = output(out, tokens.shape, tokens.dtype, kind, "x")
+            (self._forward_gpu if kind.on_gpu else self._forward_cpu)(tokens, logits, y)
         return result if out is not None else give_back(y, kind)
 
-    def _cpu_logits(self, tokens: np.ndarray) -> np.ndarray:
-        return cpu_project(tokens.astype(np.float32, copy=False), self.router_weight, self.router_bias, None)
+    def _forward_cpu(self, tokens: Any, logits: Any, y: Any) -> None:
+        if logits is None:
+            logits = cpu_project(tokens.astype(np.float32, copy=False), self.router_weight, self.router_bias, None)
+        forward(tokens, cpu_route(logits, self.router), self.experts, self.shared, self.weight_on, y, {})
 
     def _forward_gpu(self, tokens: Any, logits: Any, y: Any) -> None:
         with self._workspace.lock:

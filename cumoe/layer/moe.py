@@ -9,7 +9,7 @@ from cumoe.cpu.combine import combine as cpu_combine
 from cumoe.cpu.group import group as cpu_group
 from cumoe.data.routing import GPU_MAX_EXPERTS, Routing, admit_routing
 from cumoe.data.weights import Experts, SharedExperts, check_shared
-from cumoe.door.arrays import Kind, admit, check_kind, cupy, give_back
+from cumoe.door.arrays import Kind, admit, check_kind, cupy, give_back, on_device
 from cumoe.door.checks import check_count, check_dtype, check_rank, check_shape, check_word, refuse
 from cumoe.door.output import output
 from cumoe.gpu import experts as gpu_experts
@@ -88,13 +88,14 @@ def moe(
     experts, members = check_weights(experts, shared, weight_on)
     tokens, kind = admit_tokens(x, experts)
     routing = admit_routing(routing, kind, "x", tokens.shape[0])
-    y, result = output(out, tokens.shape, tokens.dtype, kind, "x")
-    buffers = {}
-    if kind.on_gpu:
-        num_tokens, top_k = routing.topk_ids.shape
-        wanted = layer_buffers(num_tokens, top_k, experts.weights, members)
-        buffers = {name: cupy.empty(*spec) for name, spec in wanted.items()}
-    forward(tokens, routing, experts, members, weight_on, y, buffers)
+    with on_device(kind):
+        y, result = output(out, tokens.shape, tokens.dtype, kind, "x")
+        buffers = {}
+        if kind.on_gpu:
+            num_tokens, top_k = routing.topk_ids.shape
+            wanted = layer_buffers(num_tokens, top_k, experts.weights, members)
+            buffers = {name: cupy.empty(*spec) for name, spec in wanted.items()}
+        forward(tokens, routing, experts, members, weight_on, y, buffers)
     return result if out is not None else give_back(y, kind)
 
 

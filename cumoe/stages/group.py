@@ -5,7 +5,7 @@ from typing import Any
 from cumoe.cpu.group import group as cpu_group
 from cumoe.data.groups import Groups
 from cumoe.data.routing import GPU_MAX_EXPERTS, as_int32_ids, check_ids
-from cumoe.door.arrays import admit, give_back
+from cumoe.door.arrays import admit, give_back, on_device
 from cumoe.door.checks import check_count
 from cumoe.gpu.group import group as gpu_group
 
@@ -60,5 +60,6 @@ def group(topk_ids: Any, num_experts: int) -> Groups:
     check_count("num_experts", num_experts, 1)
     if kind.on_gpu:
         check_count("num_experts", num_experts, 1, GPU_MAX_EXPERTS, of=" on a GPU")
-    groups = (gpu_group if kind.on_gpu else cpu_group)(as_int32_ids(ids), num_experts)
+    with on_device(kind):
+        groups = (gpu_group if kind.on_gpu else cpu_group)(as_int32_ids(ids), num_experts)
     return Groups(*(give_back(field, kind) for field in groups))

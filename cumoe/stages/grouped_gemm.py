@@ -6,7 +6,7 @@ import numpy as np
 
 from cumoe.cpu.experts import grouped_gemm as cpu_grouped_gemm
 from cumoe.data.groups import Groups, check_groups
-from cumoe.door.arrays import Kind, admit, admit_like, give_back
+from cumoe.door.arrays import Kind, admit, admit_like, give_back, on_device
 from cumoe.door.checks import (
     FACTOR_DTYPES,
     FLOAT_DTYPES,
@@ -99,7 +99,8 @@ def grouped_gemm(
         raise TypeError(refuse("dtype", "float32, float16 or bfloat16", result_dtype.name))
     slots_per_a_row = top_k if rows == "tokens" else 0
     engine = gpu_grouped_gemm if kind.on_gpu else cpu_grouped_gemm
-    return give_back(engine(a, weights, groups, bias, scale, slots_per_a_row, result_dtype), kind)
+    with on_device(kind):
+        return give_back(engine(a, weights, groups, bias, scale, slots_per_a_row, result_dtype), kind)
 
 
 def _factors(name: str, array: Any, axes: dict[str, int], kind: Kind) -> Any:

@@ -4,7 +4,7 @@ from typing import Any
 
 from cumoe.cpu.route import route as cpu_route
 from cumoe.data.routing import Router, Routing, check_logits
-from cumoe.door.arrays import admit, give_back
+from cumoe.door.arrays import admit, give_back, on_device
 from cumoe.door.checks import refuse
 from cumoe.gpu.route import route as gpu_route
 
@@ -45,5 +45,6 @@ def route(router_logits: Any, router: Router) -> Routing:
         raise TypeError(refuse("router", "a cumoe.Router", type(router).__name__))
     logits, kind = admit("router_logits", router_logits)
     check_logits("router_logits", logits, kind, router)
-    routing = gpu_route(logits, router) if kind.on_gpu else cpu_route(logits, router)
+    with on_device(kind):
+        routing = gpu_route(logits, router) if kind.on_gpu else cpu_route(logits, router)
     return Routing(give_back(routing.topk_ids, kind), give_back(routing.topk_weights, kind))

@@ -1,0 +1,72 @@
+"""The command line: ``cumoe demo`` and ``cumoe config``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import cumoe
+from cumoe.cli.demo import demo
+from cumoe.cli.families import FAMILIES
+from cumoe.cli.files import DTYPES
+from cumoe.cli.refusal import Refusal
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that refuses in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Write what is wrong to stderr and exit with 2."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def count(text: str) -> int:
+    """Return a positive int."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected an int of at least 1, got {text!r}")
+    return value
+
+
+def parser() -> Parser:
+    """Return the parser of all commands."""
+    top = Parser(prog="cumoe", description="Mixture-of-Experts layers on NVIDIA GPUs with CuPy and NumPy alone.")
+    top.add_argument("--version", action="version", version=f"cumoe {cumoe.__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="{demo,config}")
+    commands.add_parser("config", help="print versions and devices")
+    show = commands.add_parser(
+        "demo",
+        help="run a layer and compare it with the definition",
+        description="Run one layer with random weights, on the GPU if there is one. Compare it with the definition in "
+        "float64 and, where the routing weight goes on the input, with the copied tokens that it replaces.",
+    )
+    show.add_argument("--family", choices=tuple(FAMILIES), default="llama4", help="whose layer (default: %(default)s)")
+    show.add_argument("--device", choices=("auto", "gpu", "cpu"), default="auto", help="default: the GPU if there is one")
+    show.add_argument("--tokens", type=count, metavar="N", help="default: 4096 on a GPU, 512 on a CPU")
+    show.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
+    show.add_argument("--top-k", type=count, metavar="K", help="experts a token; default: the family's")
+    show.add_argument("--seed", type=int, default=0, metavar="S", help="of weights and tokens (default: %(default)s)")
+    show.add_argument(
+        "--input", type=Path, metavar="X.npy", help="hidden states, (tokens, hidden) or (batch, seq, hidden)"
+    )
+    show.add_argument("--output", type=Path, metavar="Y.npy", help="where to save the result, shaped like the input")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit code: 0 is success, 1 a wrong result, 2 a refusal."""
+    options = parser().parse_args(arguments)
+    if options.command == "config":
+        cumoe.show_config()
+        return 0
+    try:
+        return demo(options)
+    except Refusal as refusal:
+        print(f"cumoe demo: {refusal}", file=sys.stderr)
+    except MemoryError as error:
+        print(f"cumoe demo: not enough memory for {options.tokens or 'these'} tokens: {error}", file=sys.stderr)
+    return 2
