@@ -11,8 +11,8 @@ from cumoe.data.groups import Groups
 from cumoe.data.routing import Router, Routing
 from cumoe.data.weights import Experts, SharedExperts
 from cumoe.gpu.compile import compile_all, gpu_is_there
-from cumoe.layer.moe import moe
 from cumoe.layer.module import MoE
+from cumoe.layer.moe import moe
 from cumoe.stages.combine import combine
 from cumoe.stages.group import group
 from cumoe.stages.grouped_gemm import grouped_gemm

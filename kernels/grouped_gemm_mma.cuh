@@ -110,21 +110,21 @@ template <typename T, int BLOCK_M, WeightOrder ORDER> struct GroupedGemm {
     uint32 stage = smem + k_block % STAGES * STAGE_BYTES;
 #pragma unroll
     for (int step = 0; step < BLOCK_K / 16; ++step) {
-      uint32 a[M_TILES][4];
+      uint32 a[M_TILES][2][2];
 #pragma unroll
       for (int m = 0; m < M_TILES; ++m)
-        load_matrix_x4(a[m], stage + swizzle_64((warp_m * M_TILES + m) * 16 + lane % 16, step * 2 + lane / 16));
+        load_matrix_x4(a[m][0], a[m][1], stage + swizzle_64((warp_m * M_TILES + m) * 16 + lane % 16, step * 2 + lane / 16));
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
+      for (int n = 0; n < N_TILES; ++n) {
+        uint32 b[2][2], tile = stage + A_BYTES + lane / 16 * HALF_BYTES;  // lanes 0-15 address the first half
+        int column = (warp_n * N_TILES + n) * 8;
+        if (ORDER == INNER_MAJOR) load_matrix_x4(b[0], b[1], tile + swizzle_64(column + lane % 8, step * 2 + lane / 8 % 2));
+        else load_matrix_x4_transposed(b[0], b[1], tile + swizzle_128(step * 16 + lane % 16, column / 8));
 #pragma unroll
-        for (int n = 0; n < N_TILES; ++n) {
-          uint32 b[2], tile = stage + A_BYTES + half * HALF_BYTES;
-          int column = (warp_n * N_TILES + n) * 8;
-          if (ORDER == INNER_MAJOR) load_matrix_x2(b, tile + swizzle_64(column + lane % 8, step * 2 + lane / 8 % 2));
-          else load_matrix_x2_transposed(b, tile + swizzle_128(step * 16 + lane % 16, column / 8));
+        for (int half = 0; half < 2; ++half)
 #pragma unroll
-          for (int m = 0; m < M_TILES; ++m) mma_16816(T(), acc[m][half][n], a[m], b);
-        }
+          for (int m = 0; m < M_TILES; ++m) mma_16816(T(), acc[m][half][n], a[m], b[half]);
+      }
     }
   }
 

@@ -83,7 +83,8 @@ template <typename T> struct Token {
   __device__ __forceinline__ float score(float logit) const {
     if (p.scoring == SOFTMAX) return expf(logit - largest) / denominator;
     if (p.scoring == SIGMOID) return 1.0f / (1.0f + expf(-logit));
-    return sqrtf(logit > 20.0f ? logit : log1pf(expf(logit)));  // softplus(l) = l + e^-l; e^-20 = 2e-9
+    if (logit < -20.0f) return expf(0.5f * logit);                // softplus(l) = e^l (1 - e^l / 2 ..), e^-20 = 2e-9;
+    return sqrtf(logit > 20.0f ? logit : log1pf(expf(logit)));  // the root first, or e^l underflows
   }
 
   // Largest logit and sum of exponentials over n items; item(i) gives a logit. NaN and -inf rows give NaN weights.

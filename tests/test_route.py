@@ -9,7 +9,7 @@ import dataclasses
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import DTYPES
 
@@ -120,7 +120,7 @@ def problems(draw):
         dropped_groups=draw(st.sampled_from(["minus_inf", "zero"])),
         selection_bias=None if base is None else rng.normal(*base, num_experts).astype(np.float32),
         scale=draw(st.sampled_from([1.0, 2.5, 16.0, -1.0])),
-        logit_softcap=draw(st.sampled_from([None, None, 2.0, 30.0])),
+        logit_softcap=draw(st.sampled_from([None, None, 2.0, 12.0])),
         expert_scale=draw(st.sampled_from([None, rng.uniform(0.5, 2, num_experts)])),
     )
     shape = (draw(st.integers(0, 9)), num_experts)
@@ -134,6 +134,7 @@ def problems(draw):
     return logits.astype(DTYPES[draw(st.sampled_from(sorted(DTYPES)))]), router
 
 
+@settings(max_examples=300)
 @given(problem=problems())
 def test_route_equals_its_definition(backend, problem):
     """Any number of tokens and experts, any option, any dtype."""

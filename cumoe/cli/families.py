@@ -29,7 +29,7 @@ class Family:
 
     @property
     def is_replicable(self) -> bool:
-        """Whether copied and rescaled tokens compute the same: a weight on the input, a shared expert like the others."""
+        """Whether copied and rescaled tokens compute the same, with the shared expert as one more of the stack."""
         return self.weight_on == "input" and self.shared_size == self.intermediate_size and not self.shared_gate
 
     @property
@@ -46,7 +46,7 @@ class Family:
         return cumoe.Router(self.top_k, selection_bias=selection_bias, **self.routing)
 
     def fitted(self, hidden_size: int, max_weights: int) -> "Family":
-        """Return the layer at another width, with fewer and then narrower experts until `max_weights` are not exceeded."""
+        """Return the layer at another width, with fewer and then narrower experts so as not to exceed `max_weights`."""
 
         def width(size: int) -> int:
             return max(8, round(size * hidden_size / self.hidden_size / 8) * 8) if size else 0
@@ -61,11 +61,8 @@ class Family:
             if family.can_halve_experts:
                 family = replace(family, num_experts=family.num_experts // 2)
             elif family.intermediate_size > 8:
-                sizes = {
-                    name: getattr(family, name) // 16 * 8 or min(8, getattr(family, name))
-                    for name in ("intermediate_size", "shared_size")
-                }
-                family = replace(family, **sizes)
+                narrow, narrow_shared = _half(family.intermediate_size), _half(family.shared_size)
+                family = replace(family, intermediate_size=narrow, shared_size=narrow_shared)
             else:
                 break
         return family
@@ -75,6 +72,10 @@ class Family:
         """Whether half the experts still are a choice, in groups of equal length."""
         half, groups = self.num_experts // 2, self.routing.get("num_groups", 1)
         return self.num_experts % (2 * groups) == 0 and half >= 2 * self.top_k
+
+
+def _half(size: int) -> int:
+    return max(8, size // 16 * 8) if size else 0
 
 
 FAMILIES = {
@@ -88,7 +89,7 @@ FAMILIES = {
         "DeepSeek-V3", 7168, 2048, 256, 8,
         {
             "scoring": "sigmoid", "renormalize": True, "renormalize_eps": 1e-20, "scale": 2.5,
-            "num_groups": 8, "top_groups": 4, "dropped_groups": "zero",
+            "num_groups": 8, "top_groups": 4,
         },
         selection_bias=True, shared_size=2048,
     ),

@@ -25,7 +25,7 @@ def read_states(path: Path) -> np.ndarray:
         raise Refusal(f"--input {path}: expected an array saved by numpy.save, got another file") from None
     if states.dtype.kind == "V" and states.dtype.itemsize == 2 and states.dtype.names is None:
         states = states.view(ml_dtypes.bfloat16)
-    if states.dtype not in DTYPES.values() or not states.dtype.isnative:
+    if states.dtype not in DTYPES.values():
         raise Refusal(f"--input {path}: expected dtype float32, float16 or bfloat16, got {states.dtype}")
     if states.ndim not in (2, 3) or states.shape[-1] == 0:
         raise Refusal(f"--input {path}: expected shape (tokens, hidden) or (batch, seq, hidden), got {states.shape}")

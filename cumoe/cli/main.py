@@ -45,7 +45,7 @@ def parser() -> Parser:
         "float64 and, where the routing weight goes on the input, with the copied tokens that it replaces.",
     )
     show.add_argument("--family", choices=tuple(FAMILIES), default="llama4", help="whose layer (default: %(default)s)")
-    show.add_argument("--device", choices=("auto", "gpu", "cpu"), default="auto", help="default: the GPU if there is one")
+    show.add_argument("--device", choices=("auto", "gpu", "cpu"), default="auto", help="default: a GPU if there is one")
     show.add_argument("--tokens", type=count, metavar="N", help="default: 4096 on a GPU, 512 on a CPU")
     show.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
     show.add_argument("--top-k", type=count, metavar="K", help="experts a token; default: the family's")

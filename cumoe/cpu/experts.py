@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from cumoe.data.weights import ExpertWeights, SharedExperts
 from cumoe.data.groups import Groups
 from cumoe.data.routing import Routing
+from cumoe.data.weights import ExpertWeights, SharedExperts
 
 
 def expert_rows(groups: Groups) -> Iterator[tuple[int, slice, np.ndarray]]:

@@ -44,7 +44,8 @@ def _scores(logits: np.ndarray, router: Router) -> np.ndarray:
         return _softmax(logits)
     if router.scoring == "sigmoid":
         return np.float32(1) / (np.float32(1) + np.exp(-logits))
-    return np.sqrt(np.where(logits > 20, logits, np.log1p(np.exp(np.minimum(logits, 20)))))
+    root = np.sqrt(np.where(logits > 20, logits, np.log1p(np.exp(np.minimum(logits, 20)))))
+    return np.where(logits < -20, np.exp(np.float32(0.5) * logits), root)  # the root first, or e^l underflows
 
 
 def _drop_groups(ranked: np.ndarray, router: Router) -> np.ndarray:

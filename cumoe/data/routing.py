@@ -148,7 +148,7 @@ class Router:
     @property
     def kind(self) -> Kind:
         """Where `selection_bias` and `expert_scale` live; meaningless without them."""
-        return self._kind  # type: ignore[attr-defined, no-any-return]
+        return self._kind  # type: ignore[attr-defined]
 
     def check_experts(self, num_experts: int, name: str) -> None:
         """Raise ValueError unless this router can serve `num_experts`, counted in the argument `name`."""

@@ -6,9 +6,18 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from cumoe.door.arrays import Kind, admit, admit_like, check_kind
-from cumoe.door.checks import FACTOR_DTYPES, FLOAT_DTYPES, check_count, check_dtype, check_rank, check_shape, check_word, refuse
 from cumoe.data.activation import Activation, as_activation
+from cumoe.door.arrays import admit, admit_like, check_kind
+from cumoe.door.checks import (
+    FACTOR_DTYPES,
+    FLOAT_DTYPES,
+    check_count,
+    check_dtype,
+    check_rank,
+    check_shape,
+    check_word,
+    refuse,
+)
 
 LAYOUTS = ("stacked", "interleaved", "ungated")
 Layout = Literal["stacked", "interleaved", "ungated"]

@@ -2,18 +2,17 @@
 
 from typing import Any
 
-import numpy as np
-
 from cumoe.door.arrays import cupy
 from cumoe.gpu.compile import launch, num_multiprocessors
+from cumoe.gpu.structs import Struct
 
 THREADS = 256
 BLOCKS_PER_SM = 16  # grid-stride blocks; enough to hide memory latency and to spread the last wave
 
-LAUNCH = np.dtype(
-    [(name, "u8") for name in ("rows", "inverse_permutation", "topk_weights", "shared_rows", "y")]
-    + [("num_tokens", "i8")]
-    + [(name, "i4") for name in ("hidden_size", "top_k", "num_shared", "padding")]
+LAUNCH = Struct(
+    pointer=("rows", "inverse_permutation", "topk_weights", "shared_rows", "y"),
+    int64=("num_tokens",),
+    int32=("hidden_size", "top_k", "num_shared", "padding"),
 )
 
 
@@ -23,14 +22,19 @@ def combine(rows: Any, inverse_permutation: Any, topk_weights: Any, shared_rows:
         return
     rows = cupy.ascontiguousarray(rows)
     shared_rows = None if shared_rows is None else cupy.ascontiguousarray(shared_rows)
-    argument = np.zeros(1, LAUNCH)
-    arrays = (rows, inverse_permutation, topk_weights, shared_rows, y)
-    for name, array in zip(LAUNCH.names[:5], arrays, strict=True):  # type: ignore[index]
-        argument[name] = 0 if array is None else array.data.ptr
     num_tokens, hidden_size = y.shape
-    argument["num_tokens"], argument["hidden_size"] = num_tokens, hidden_size
-    argument["top_k"] = inverse_permutation.shape[1]
-    argument["num_shared"] = 0 if shared_rows is None else shared_rows.shape[0]
+    argument = LAUNCH(
+        rows=rows,
+        inverse_permutation=inverse_permutation,
+        topk_weights=topk_weights,
+        shared_rows=shared_rows,
+        y=y,
+        num_tokens=num_tokens,
+        hidden_size=hidden_size,
+        top_k=inverse_permutation.shape[1],
+        num_shared=0 if shared_rows is None else shared_rows.shape[0],
+        padding=0,
+    )
     aligned = all(array is None or array.data.ptr % 16 == 0 for array in (rows, shared_rows, y))
     vector = 4 if hidden_size % 4 == 0 and aligned else 1
     blocks = -(-(y.size // vector) // THREADS)

@@ -10,13 +10,14 @@ from cumoe.data.weights import ExpertWeights, SharedExperts
 from cumoe.door.arrays import cupy
 from cumoe.gpu.compile import launch
 from cumoe.gpu.stacks import ExpertStack, run, strides
+from cumoe.gpu.structs import Struct
 
 Buffers = dict[str, tuple[tuple[int, ...], np.dtype]]
 
-GATE_LAUNCH = np.dtype(
-    [(name, "u8") for name in ("x", "gate", "gates")]
-    + [(name, "i8") for name in ("x_row_stride", "x_col_stride", "gate_stride")]
-    + [(name, "i4") for name in ("num_tokens", "hidden_size")]
+GATE_LAUNCH = Struct(
+    pointer=("x", "gate", "gates"),
+    int64=("x_row_stride", "x_col_stride", "gate_stride"),
+    int32=("num_tokens", "hidden_size"),
 )
 GATE_WARPS = 8
 
@@ -139,11 +140,17 @@ def _gate(x: Any, gate: Any, gates: Any) -> None:
     num_tokens, hidden_size = x.shape
     if num_tokens == 0:
         return
-    argument = np.zeros(1, GATE_LAUNCH)
-    argument["x"], argument["gate"], argument["gates"] = x.data.ptr, gate.data.ptr, gates.data.ptr
-    argument["x_row_stride"], argument["x_col_stride"] = strides(x)
-    argument["gate_stride"] = strides(gate)[0]
-    argument["num_tokens"], argument["hidden_size"] = num_tokens, hidden_size
+    row_stride, col_stride = strides(x)
+    argument = GATE_LAUNCH(
+        x=x,
+        gate=gate,
+        gates=gates,
+        x_row_stride=row_stride,
+        x_col_stride=col_stride,
+        gate_stride=strides(gate)[0],
+        num_tokens=num_tokens,
+        hidden_size=hidden_size,
+    )
     launch(f"shared_gate_{x.dtype.name}", -(-num_tokens // GATE_WARPS), GATE_WARPS * 32, argument)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from cumoe.data.groups import Groups
 from cumoe.door.arrays import cupy
 from cumoe.gpu.compile import launch
+from cumoe.gpu.structs import Struct
 
 WARPS = 8
 THREADS = WARPS * 32
@@ -15,12 +16,9 @@ ONE_BLOCK_SLOTS = 4096
 MAX_BLOCKS = 128
 """Every block reads the counts of all others: more blocks would read more than they place."""
 
-LAUNCH = np.dtype(
-    [
-        (name, "u8")
-        for name in ("topk_ids", "permutation", "inverse_permutation", "expert_offsets", "tokens_per_expert", "counts")
-    ]
-    + [(name, "i4") for name in ("num_slots", "num_experts", "slots_per_block", "padding")]
+LAUNCH = Struct(
+    pointer=("topk_ids", "permutation", "inverse_permutation", "expert_offsets", "tokens_per_expert", "counts"),
+    int32=("num_slots", "num_experts", "slots_per_block", "padding"),
 )
 
 
@@ -53,12 +51,15 @@ def group(ids: Any, num_experts: int, out: dict[str, Any] | None = None) -> Grou
         groups.tokens_per_expert.fill(0)
         return groups
     blocks = num_blocks(num_slots)
-    argument = np.zeros(1, LAUNCH)
-    argument["topk_ids"] = ids.data.ptr
-    for name in LAUNCH.names[1:6]:  # type: ignore[index]
-        argument[name] = out[name].data.ptr
-    argument["num_slots"], argument["num_experts"] = num_slots, num_experts
-    argument["slots_per_block"] = -(-num_slots // (blocks * THREADS)) * THREADS
+    argument = LAUNCH(
+        topk_ids=ids,
+        **groups._asdict(),
+        counts=out["counts"],
+        num_slots=num_slots,
+        num_experts=num_experts,
+        slots_per_block=-(-num_slots // (blocks * THREADS)) * THREADS,
+        padding=0,
+    )
     counters = 4 * (num_experts + 1)
     if blocks > 1:
         launch("group_count", blocks, THREADS, argument, WARPS * counters)

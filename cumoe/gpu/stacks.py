@@ -1,5 +1,6 @@
 """Packing expert stacks for a grouped GEMM launch; the layout is that of kernels/stacks.cuh."""
 
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -10,20 +11,19 @@ from cumoe.data.activation import CLAMPS, NAMES, Activation
 from cumoe.door.arrays import cupy
 from cumoe.gpu.compile import launch, num_multiprocessors
 from cumoe.gpu.config import THREADS, StackSizes, grid_size, select_config
+from cumoe.gpu.structs import Struct, by_value
 
 MAX_STACKS = 8
 PAIRINGS = ("ungated", "stacked", "interleaved")
 
-_POINTERS = ("a", "w", "bias", "expert_offsets", "permutation", "scale_in", "scale_out", "c")
-_STRIDES = ("a_row_stride", "a_col_stride", "w_expert_stride", "w_row_stride", "w_col_stride", "c_row_stride")
-_SIZES = ("num_experts", "num_rows", "weight_rows", "inner", "slots_per_a_row", "pairing")
-_STACK = np.dtype(
-    [(name, "u8") for name in _POINTERS]
-    + [(name, "i8") for name in _STRIDES]
-    + [(name, "i4") for name in _SIZES]
-    + [("activation", "i4"), ("clamp", "i4"), ("alpha", "f4"), ("limit", "f4"), ("up_offset", "f4"), ("padding", "i4")]
+STACK = Struct(
+    pointer=("a", "w", "bias", "expert_offsets", "permutation", "scale_in", "scale_out", "c"),
+    int64=("a_row_stride", "a_col_stride", "w_expert_stride", "w_row_stride", "w_col_stride", "c_row_stride"),
+    int32=("num_experts", "num_rows", "weight_rows", "inner", "slots_per_a_row", "pairing", "activation", "clamp"),
+    float32=("alpha", "limit", "up_offset"),
+    int32_2=("padding",),
 )
-LAUNCH = np.dtype([("stacks", _STACK, (MAX_STACKS,)), ("num_stacks", "i4"), ("c_is_float32", "i4")])
+LAUNCH_BYTES = STACK.itemsize * MAX_STACKS + 8
 
 LINEAR = Activation("identity")
 
@@ -63,21 +63,40 @@ class ExpertStack:
                 return "mma", self.w.dtype.name, "row_major"
         return "simt", f"{self.a.dtype.name}_{self.w.dtype.name}", ""
 
-    def pack(self, record: Any) -> None:
-        """Write this stack into a record of the launch struct."""
-        for name in _POINTERS:
-            array = getattr(self, name)
-            record[name] = 0 if array is None else array.data.ptr
-        record["a_row_stride"], record["a_col_stride"] = strides(self.a)
-        record["w_expert_stride"], record["w_row_stride"], record["w_col_stride"] = strides(self.w)
-        record["c_row_stride"] = strides(self.c)[0]
-        record["num_experts"], record["weight_rows"], record["inner"] = self.w.shape
-        record["num_rows"], record["slots_per_a_row"] = self.num_rows, self.slots_per_a_row
-        record["pairing"] = PAIRINGS.index(self.layout)
+    def pack(self) -> bytes:
+        """Return the bytes of the C struct."""
+        a_row, a_col = strides(self.a)
+        w_expert, w_row, w_col = strides(self.w)
+        num_experts, weight_rows, inner = self.w.shape
         act = self.activation
-        record["activation"] = NAMES.index(act.name)
-        record["clamp"] = 0 if act.limit is None else 1 + CLAMPS.index(act.clamp)
-        record["alpha"], record["limit"], record["up_offset"] = act.alpha, act.limit or 0.0, act.up_offset
+        return STACK.pack(
+            a=self.a,
+            w=self.w,
+            bias=self.bias,
+            expert_offsets=self.expert_offsets,
+            permutation=self.permutation,
+            scale_in=self.scale_in,
+            scale_out=self.scale_out,
+            c=self.c,
+            a_row_stride=a_row,
+            a_col_stride=a_col,
+            w_expert_stride=w_expert,
+            w_row_stride=w_row,
+            w_col_stride=w_col,
+            c_row_stride=strides(self.c)[0],
+            num_experts=num_experts,
+            num_rows=self.num_rows,
+            weight_rows=weight_rows,
+            inner=inner,
+            slots_per_a_row=self.slots_per_a_row,
+            pairing=PAIRINGS.index(self.layout),
+            activation=NAMES.index(act.name),
+            clamp=0 if act.limit is None else 1 + CLAMPS.index(act.clamp),
+            alpha=act.alpha,
+            limit=act.limit or 0.0,
+            up_offset=act.up_offset,
+            padding=0,
+        )
 
 
 def strides(array: Any) -> tuple[int, ...]:
@@ -108,11 +127,9 @@ def run(stacks: Iterable[ExpertStack]) -> None:
 def _launch(engine: str, dtypes: str, order: str, stacks: list[ExpertStack]) -> None:
     sizes = tuple(stack.sizes for stack in stacks)
     config = select_config(engine, sizes)
-    argument = np.zeros(1, LAUNCH)
-    argument["num_stacks"] = len(stacks)
-    argument["c_is_float32"] = stacks[0].c.dtype == np.float32
-    for record, stack in zip(argument["stacks"][0], stacks, strict=False):
-        stack.pack(record)
+    packed = b"".join(stack.pack() for stack in stacks).ljust(STACK.itemsize * MAX_STACKS, b"\0")
+    stores_float32 = int(stacks[0].c.dtype == np.float32)
+    argument = by_value(packed + struct.pack("=2i", len(stacks), stores_float32))
     name = f"grouped_gemm_{engine}_{dtypes}" + (f"_{config.block_m}_{order}" if engine == "mma" else "")
     grid = grid_size(config, sizes, num_multiprocessors(cupy.cuda.runtime.getDevice()))
     launch(name, grid, THREADS, argument, config.shared_bytes(sum(size.num_experts for size in sizes)))

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from cumoe.cpu.combine import combine as cpu_combine
-from cumoe.data.groups import Groups, check_groups
+from cumoe.data.groups import check_groups
 from cumoe.door.arrays import admit, admit_like, give_back, on_device
 from cumoe.door.checks import FACTOR_DTYPES, check_dtype, check_rank, check_shape
 from cumoe.door.output import output
