@@ -46,7 +46,8 @@ __device__ __forceinline__ Run run_of_warp(const GroupLaunch& p) {
   return {(int)(begin < last ? begin : last), (int)(end < last ? end : last)};
 }
 
-// Walks the warp's slots in order; visit(slot, bin, rank among equals of these 32, number of equals, leader).
+// Walks the warp's slots in order, 32 at a time: visit(valid, slot, bin, rank among the equals of these 32, number of
+// equals) is called by all lanes together, and what it writes to shared memory is seen by the next 32.
 template <typename Visit> __device__ __forceinline__ void walk(const GroupLaunch& p, Visit visit) {
   int lane = threadIdx.x % WARP;
   Run run = run_of_warp(p);
@@ -56,7 +57,7 @@ template <typename Visit> __device__ __forceinline__ void walk(const GroupLaunch
     int bin = valid ? bin_of(p, slot) : -1;
     uint32 equals = __match_any_sync(FULL_MASK, bin);
     int rank = __popc(equals & ((1u << lane) - 1));
-    if (valid) visit(slot, bin, rank, __popc(equals), rank == 0);
+    visit(valid, slot, bin, rank, __popc(equals));
     __syncwarp();
   }
 }
@@ -67,7 +68,7 @@ __device__ __forceinline__ void count(const GroupLaunch& p, int* histograms) {
   for (int i = threadIdx.x; i < WARPS * num_bins; i += THREADS) histograms[i] = 0;
   __syncthreads();
   int* histogram = histograms + threadIdx.x / WARP * num_bins;
-  walk(p, [&](int, int bin, int, int equals, bool leader) { if (leader) histogram[bin] += equals; });
+  walk(p, [&](bool valid, int, int bin, int rank, int equals) { if (valid && rank == 0) histogram[bin] += equals; });
   __syncthreads();
 }
 
@@ -125,12 +126,13 @@ __device__ __forceinline__ void place(const GroupLaunch& p, int* histograms, int
   }
   __syncthreads();
   int* next_row = histograms + threadIdx.x / WARP * num_bins;
-  walk(p, [&](int slot, int bin, int rank, int equals, bool leader) {
-    int row = next_row[bin] + rank;
+  walk(p, [&](bool valid, int slot, int bin, int rank, int equals) {
+    int row = valid ? next_row[bin] + rank : 0;
+    __syncwarp();  // every equal has read the row before the first of them moves it
+    if (!valid) return;
+    if (rank == 0) next_row[bin] += equals;
     p.permutation[row] = slot;
     p.inverse_permutation[slot] = bin < p.num_experts ? row : -1;
-    __syncwarp(__activemask());  // every equal has read the row before the leader moves it
-    if (leader) next_row[bin] += equals;
   });
 }
 
