@@ -15,7 +15,7 @@ from cumoe.data.weights import Experts, ExpertWeights, SharedExperts, check_shar
 
 def route(router_logits: np.ndarray, router: Router, dtype: Any = np.float64) -> Routing:
     """Route token by token; the formula is in `cumoe.Router`. Weights have the given dtype."""
-    num_tokens, num_experts = router_logits.shape
+    num_tokens = router_logits.shape[0]
     ids = np.zeros((num_tokens, router.top_k), np.int32)
     weights = np.zeros((num_tokens, router.top_k), dtype)
     with np.errstate(all="ignore"):
@@ -159,8 +159,9 @@ def moe(
     return y
 
 
-def _expert(v: np.ndarray, weights: ExpertWeights, e: int, input: Any = 1, activation: Any = 1, output: Any = 1) -> np.ndarray:  # noqa: A002
-    """Return ``output * Expert_e(input * v)`` with `activation` on the activated hidden row."""
-    projected = weights.w_gate_up[e] @ (input * v) + (0 if weights.b_gate_up is None else weights.b_gate_up[e])
-    hidden = activation * weights.activation.apply(*weights.split(projected))
-    return output * (weights.w_down[e] @ hidden + (0 if weights.b_down is None else weights.b_down[e]))
+def _expert(v: np.ndarray, weights: ExpertWeights, e: int, **factors: Any) -> np.ndarray:
+    """Return ``output * Expert_e(input * v)``, with the factor `activation` on the activated hidden row."""
+    on_input, on_activation, on_output = (factors.get(place, 1) for place in ("input", "activation", "output"))
+    projected = weights.w_gate_up[e] @ (on_input * v) + (0 if weights.b_gate_up is None else weights.b_gate_up[e])
+    hidden = on_activation * weights.activation.apply(*weights.split(projected))
+    return on_output * (weights.w_down[e] @ hidden + (0 if weights.b_down is None else weights.b_down[e]))

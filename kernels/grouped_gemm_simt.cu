@@ -1,7 +1,7 @@
 // grouped_gemm_simt: the same product as grouped_gemm_mma.cuh for every type, stride and alignment, on plain float32 FMAs.
 //
 //   serves   float32 layers (float32 accuracy: no tf32 anywhere), 16-bit layers whose bases or strides are not multiples
-//            of 16 bytes, and the router GEMM of 16-bit tokens with float32 weights
+//            of 16 bytes (their hidden rows stay float32), and the router GEMM of 16-bit tokens with float32 weights
 //   grid     persistent blocks; a work unit is (stack, expert, row block, weight block), see scheduler.cuh
 //   block    256 threads as 16 x 16; a thread owns 4 rows x (2 + 2) weight rows, 2 in each half of the weight tile
 //   tile     64 rows x 64 weight rows x 16 inner; smem 2 x 16 x 68 x 4 B = 8.5 KiB, inner-major so that a thread reads
@@ -150,5 +150,7 @@ template <typename A, typename W> __device__ __forceinline__ void grouped_gemm(c
 GROUPED_GEMM_SIMT(grouped_gemm_simt_float32_float32, float, float)
 GROUPED_GEMM_SIMT(grouped_gemm_simt_bfloat16_bfloat16, bf16, bf16)
 GROUPED_GEMM_SIMT(grouped_gemm_simt_float16_float16, fp16, fp16)
+GROUPED_GEMM_SIMT(grouped_gemm_simt_float32_bfloat16, float, bf16)
+GROUPED_GEMM_SIMT(grouped_gemm_simt_float32_float16, float, fp16)
 GROUPED_GEMM_SIMT(grouped_gemm_simt_bfloat16_float32, bf16, float)
 GROUPED_GEMM_SIMT(grouped_gemm_simt_float16_float32, fp16, float)

@@ -148,15 +148,15 @@ template <typename T> struct Token {
     return expf((p.scoring == SQRT_SOFTPLUS ? 0.5f : 1.0f) * (value - shift));
   }
 
-  // Weights of the chosen experts. Softmax over the chosen ones needs no second division: renormalising a softmax
-  // without epsilon is the softmax over the chosen logits. Far below zero sigmoid(l) = e^l and sqrt(softplus(l)) =
+  // Weights of the chosen experts. Renormalising a softmax without epsilon is the softmax over the chosen logits, which
+  // needs no second division. Far below zero sigmoid(l) = e^l and sqrt(softplus(l)) =
   // e^(l / 2), so that a renormalised row keeps its ratios where the scores themselves would underflow to 0 / 0.
   __device__ __forceinline__ void weigh(int64 token) {
     bool exact_ratio = p.renormalize && p.epsilon == 0.0f;
     int order = p.renormalize;
     if (p.scoring == SOFTMAX && (p.select_by == LOGITS || exact_ratio)) {
       softmax_over(p.top_k, [&](int j) { return logit(words[j]); });
-      if (order == 1) order = 0;
+      if (exact_ratio && order == 1) order = 0;
     }
     float shift = 0.0f;
     if (exact_ratio && p.scoring != SOFTMAX) {

@@ -67,7 +67,8 @@ def test_combine_equals_its_definition(backend, options, dtype, seed):
 def test_normal_numbers(backend, hidden_size):
     """Signs of their own for every number; float32 is the default."""
     rng = np.random.default_rng(hidden_size)
-    problem = draw(rng, num_tokens=50, top_k=4, num_experts=5, hidden_size=hidden_size, num_shared=2, weights=np.float32)
+    sizes = {"num_tokens": 50, "top_k": 4, "num_experts": 5, "hidden_size": hidden_size, "num_shared": 2}
+    problem = draw(rng, weights=np.float32, **sizes)
     problem[0][:] = rng.standard_normal(problem[0].shape)
     problem[3][:] = rng.standard_normal(problem[3].shape)
     y = run(backend, problem, 5)
@@ -88,13 +89,11 @@ def test_a_token_without_experts_gets_the_shared_rows_alone(backend, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sums_are_float32_and_rounded_once(backend, dtype):
-    """2048 + 1 + 1 is 2050 in every dtype that has it; summed in 16 bits it would stay 2048."""
-    rows = np.array([[2048], [1], [1]], np.float32)
-    problem = rows, np.array([[0, 1, 2]], np.int32), None, None
-    assert run(backend, problem, 3, dtype=DTYPES[dtype]).astype(np.float64) == np.float64(DTYPES[dtype].type(2050))
-    fourteen = np.full((1, 1, 1), 14, np.float32)
-    y = run(backend, (*problem[:3], fourteen), 3, dtype=DTYPES[dtype])
-    assert y.astype(np.float64) == 2064  # a bfloat16, 2048 + 16
+    """Summed in float16, 2048 + 1 + 1 would stay 2048; in bfloat16, 2048 + 1 + 1 + 7 would."""
+    rows, ids = np.array([[2048], [1], [1]], np.float32), np.array([[0, 1, 2]], np.int32)
+    for shared, total in ((None, 2050), (np.full((1, 1, 1), 7, np.float32), 2057)):
+        y = run(backend, (rows, ids, None, shared), 3, dtype=DTYPES[dtype])
+        assert y == DTYPES[dtype].type(total)
 
 
 def test_out_is_written_and_returned(backend):

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 import cumoe
 
-NO_EXPERT = [-1, -7, -(2**31), -(2**31) - 1, -(2**32), -(2**40), -(2**63), 2**31 - 1, 2**31, 2**32, 2**32 + 1, 2**40, 2**63 - 1]
+NO_EXPERT = [-1, -7, -(2**31), -(2**31) - 1, -(2**32), -(2**40), -(2**63)]
+NO_EXPERT += [2**31 - 1, 2**31, 2**32, 2**32 + 1, 2**40, 2**63 - 1]
 """Ids that name no expert; cut to 32 bits some of them would name expert 0 or 1."""
 
 
@@ -127,7 +128,8 @@ def test_no_tokens(backend):
     """Nothing to sort still gives offsets and counts."""
     groups = run(backend, backend.asarray(np.zeros((0, 4), np.int64)), 1000)
     assert_same(groups, cumoe.reference.group(np.zeros((0, 4), np.int64), 1000))
-    assert not groups.expert_offsets.any() and not groups.tokens_per_expert.any()
+    assert not groups.expert_offsets.any()
+    assert not groups.tokens_per_expert.any()
 
 
 def test_ids_are_not_written(backend):

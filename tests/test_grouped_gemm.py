@@ -19,10 +19,10 @@ def one_signed(rng, *shape, dtype):
     return (magnitude * rng.choice([-1, 1], (*shape[:-1], 1))).astype(dtype)
 
 
-def draw_ids(rng, num_tokens, top_k, num_experts, with_holes):
+def draw_ids(rng, num_tokens, top_k, num_experts, holes):
     """Draw expert ids; with holes, a third of the slots has no expert."""
     ids = rng.integers(0, num_experts, (num_tokens, top_k)).astype(np.int32)
-    if with_holes:
+    if holes:
         ids[rng.random(ids.shape) < 1 / 3] = -1
     return ids
 
@@ -52,11 +52,11 @@ class Product:
         return cumoe.reference.grouped_gemm(self.x, self.w, groups, self.bias, self.row_scale, rows=self.rows)
 
 
-def draw_product(rng, dtype, *, num_tokens, top_k, num_experts, n, k, rows, bias=None, row_scale=None, with_holes=False):
+def draw_product(rng, dtype, *, num_tokens, top_k, num_experts, n, k, rows, bias=None, row_scale=None, holes=False):
     """Draw a product; `bias` and `row_scale` are their dtypes."""
     num_rows = num_tokens if rows == "tokens" else num_tokens * top_k
     return Product(
-        draw_ids(rng, num_tokens, top_k, num_experts, with_holes),
+        draw_ids(rng, num_tokens, top_k, num_experts, holes),
         one_signed(rng, num_rows, k, dtype=dtype),
         one_signed(rng, num_experts, n, k, dtype=dtype),
         None if bias is None else (0.1 * one_signed(rng, num_experts, n, dtype=np.float64)).astype(bias),
@@ -77,7 +77,7 @@ def draw_product(rng, dtype, *, num_tokens, top_k, num_experts, n, k, rows, bias
             "rows": st.sampled_from(["sorted", "tokens"]),
             "bias": st.sampled_from([None, *DTYPES.values(), np.float64]),
             "row_scale": st.sampled_from([None, *DTYPES.values(), np.float64]),
-            "with_holes": st.booleans(),
+            "holes": st.booleans(),
         }
     ),
     dtype=st.sampled_from(sorted(DTYPES)),
@@ -112,7 +112,7 @@ def test_normal_numbers(backend, dtype, transposed, rows, num_tokens):
 
 
 def test_the_scale_comes_before_the_bias(backend):
-    """y = scale * (x w) + bias, not scale * (x w + bias)."""
+    """It is scale * (x w) + bias, not scale * (x w + bias)."""
     ids, ones = np.array([[0], [1]], np.int32), np.ones((2, 8), np.float32)
     bias, scale = np.array([[100], [200]], np.float32), np.array([[0.5], [2]], np.float32)
     product = Product(ids, ones, np.ones((2, 1, 8), np.float32), bias, scale)

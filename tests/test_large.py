@@ -55,7 +55,7 @@ def test_weight_stack_over_2_31_elements(dtype, transposed):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden_size", [4224, 4223])
 def test_rows_over_2_31_elements(dtype, hidden_size):
-    """65,546 tokens x 8 rows x 4,224 columns: the first and the last tokens are right, also where nothing is aligned."""
+    """65,546 tokens x 8 rows x 4,224 columns: first and last tokens are right, also where nothing is aligned."""
     cupy = pytest.importorskip("cupy")
     dtype, num_tokens, top_k, num_experts, intermediate_size = DTYPES[dtype], 65546, 8, 9, 16
     assert num_tokens * top_k * hidden_size > 2**31

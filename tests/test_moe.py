@@ -76,7 +76,12 @@ def test_equal_shared_experts_may_come_as_one_array(backend):
 def test_same_bits_every_time_and_in_every_batch(backend, dtype, num_tokens):
     """Ten runs agree bit for bit; on the GPU a token's row also does not depend on its batch."""
     layer = random_layer(
-        np.random.default_rng(2), dtype, num_tokens=num_tokens, hidden_size=136, intermediate_size=72, shared_sizes=(40,)
+        np.random.default_rng(2),
+        dtype,
+        num_tokens=num_tokens,
+        hidden_size=136,
+        intermediate_size=72,
+        shared_sizes=(40,),
     )
     first = layer.run(backend)
     for _ in range(9):
@@ -154,7 +159,9 @@ def test_input_weight_on_homogeneous_activations(backend, activation, layout, po
 def test_placements_differ_as_they_must(backend):
     """Activation equals output without a down bias, and not with one; input differs from both under silu."""
     assert_close(placed(backend, 0.5, "activation"), placed(backend, 0.5, "output"), np.float32)
-    pairs = itertools.combinations([placed(backend, 0.5, place, biases=True) for place in ("input", "activation", "output")], 2)
+    pairs = itertools.combinations(
+        [placed(backend, 0.5, place, biases=True) for place in ("input", "activation", "output")], 2
+    )
     for one, other in pairs:
         assert np.linalg.norm(one - other) > 0.05 * np.linalg.norm(one)
 
@@ -165,7 +172,9 @@ def test_shared_experts_never_see_routing_weights(backend):
     contributions = []
     for place, factor in itertools.product(("input", "activation", "output"), (1.0, 2.5)):
         layer.weight_on = place
-        scaled = random_layer(np.random.default_rng(7), "float32", shared_sizes=(16, 40), gated_shared=True, weight_on=place)
+        scaled = random_layer(
+            np.random.default_rng(7), "float32", shared_sizes=(16, 40), gated_shared=True, weight_on=place
+        )
         scaled.topk_weights = layer.topk_weights * np.float32(factor)
         with_shared = scaled.run(backend)
         scaled.shared = []

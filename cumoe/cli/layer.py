@@ -56,7 +56,8 @@ def draw(xp: Any, name: str, shape: tuple[int, ...], scale: float, dtype: Any) -
     out = xp.empty(math.prod(shape), dtype)
     key, factor = np.uint32(zlib.crc32(name.encode())), np.float32(scale / DEVIATION)
     for first in range(0, out.size, CHUNK):
-        bits = xp.arange(first, min(first + CHUNK, out.size), dtype=np.uint32)
+        bits = xp.arange(min(CHUNK, out.size - first), dtype=np.uint32)
+        bits += np.uint32(first % 2**32)  # stacks of more than 2^32 numbers repeat; no expert is that large
         bits ^= bits >> np.uint32(16)
         bits *= np.uint32(0x7FEB352D)
         bits += key

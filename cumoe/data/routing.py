@@ -158,7 +158,9 @@ class Router:
             raise ValueError(refuse("num_groups", f"a divisor of num_experts={num_experts}", self.num_groups))
         kept = num_experts // self.num_groups * (self.top_groups or self.num_groups)
         if self.top_k > kept:
-            raise ValueError(refuse("top_k", f"at most {kept}, the experts of top_groups={self.top_groups}", self.top_k))
+            raise ValueError(
+                refuse("top_k", f"at most {kept}, the experts of top_groups={self.top_groups}", self.top_k)
+            )
 
 
 def check_logits(name: str, logits: Any, kind: Kind, router: Router) -> None:

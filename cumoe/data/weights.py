@@ -26,7 +26,9 @@ Layout = Literal["stacked", "interleaved", "ungated"]
 class ExpertWeights(NamedTuple):
     """One run of experts of equal size, on NumPy or CuPy arrays: what the CPU and GPU stages compute with."""
 
-    w_gate_up: Any  # (num_experts, 2 * intermediate_size, hidden_size), or (num_experts, intermediate_size, hidden_size)
+    w_gate_up: (
+        Any  # (num_experts, 2 * intermediate_size, hidden_size), or (num_experts, intermediate_size, hidden_size)
+    )
     w_down: Any  # (num_experts, hidden_size, intermediate_size)
     b_gate_up: Any  # (num_experts, rows of w_gate_up) float32 contiguous, or None
     b_down: Any  # (num_experts, hidden_size) float32 contiguous, or None
@@ -186,13 +188,22 @@ class SharedExperts:
         stacked = gate_up.ndim == 3
         arrays = {"w_gate_up": gate_up}
         for name, array in (("w_down", w_down), ("gate", gate), ("b_gate_up", b_gate_up), ("b_down", b_down)):
-            arrays[name] = None if array is None and name != "w_down" else admit_like(name, array, self.kind, "w_gate_up")
+            arrays[name] = (
+                None if array is None and name != "w_down" else admit_like(name, array, self.kind, "w_gate_up")
+            )
             rank = gate_up.ndim if name == "w_down" else gate_up.ndim - 1
             if name != "gate" and arrays[name] is not None and arrays[name].ndim != rank:
-                raise ValueError(refuse(name, f"{rank} dimensions, like w_gate_up", f"shape {tuple(arrays[name].shape)}"))
+                raise ValueError(
+                    refuse(name, f"{rank} dimensions, like w_gate_up", f"shape {tuple(arrays[name].shape)}")
+                )
         as_stack = {name: array if stacked or array is None else array[None] for name, array in arrays.items()}
         experts = Experts(
-            as_stack["w_gate_up"], as_stack["w_down"], as_stack["b_gate_up"], as_stack["b_down"], activation, layout=layout
+            as_stack["w_gate_up"],
+            as_stack["w_down"],
+            as_stack["b_gate_up"],
+            as_stack["b_down"],
+            activation,
+            layout=layout,
         )
         self.num_shared, self.dtype = experts.num_experts, experts.dtype
         self.hidden_size, self.intermediate_size = experts.hidden_size, experts.intermediate_size
@@ -214,7 +225,8 @@ class SharedExperts:
         """Return the sizes."""
         return (
             f"SharedExperts(num_shared={self.num_shared}, hidden_size={self.hidden_size}, "
-            f"intermediate_size={self.intermediate_size}, gated={self.gate is not None}, {self.dtype.name}, {self.kind.device})"
+            f"intermediate_size={self.intermediate_size}, gated={self.gate is not None}, "
+            f"{self.dtype.name}, {self.kind.device})"
         )
 
 

@@ -117,7 +117,9 @@ def _library_of(array: Any) -> str:
     if hasattr(array, "__array_namespace__"):
         namespace = array.__array_namespace__()
     if not hasattr(namespace, "from_dlpack"):
-        raise TypeError(refuse("array", "an exporter whose library has from_dlpack", f"{package}.{type(array).__name__}"))
+        raise TypeError(
+            refuse("array", "an exporter whose library has from_dlpack", f"{package}.{type(array).__name__}")
+        )
     library = namespace.__name__.split(".")[0]
     _importers.setdefault(library, namespace.from_dlpack)
     return library

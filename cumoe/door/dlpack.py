@@ -68,9 +68,7 @@ class _Versioned(ctypes.Structure):
 
 
 # Prototypes of our own: argtypes set on ctypes.pythonapi would be shared with all its other users.
-_is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_char_p)(
-    ("PyCapsule_IsValid", ctypes.pythonapi)
-)
+_is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_IsValid", ctypes.pythonapi))
 _get_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
     ("PyCapsule_GetPointer", ctypes.pythonapi)
 )
@@ -157,9 +155,7 @@ class Exported:
         # "g" and "G" are the long double types, whose layout DLPack cannot name.
         known = dtype == _BF16 or (dtype.kind in "biufc" and dtype.char not in "gG")
         if not (known and dtype.isnative):
-            raise TypeError(
-                f"array: expected a native bool, number or bfloat16 dtype, got {dtype!r}"
-            )
+            raise TypeError(f"array: expected a native bool, number or bfloat16 dtype, got {dtype!r}")
         # The stride of an axis with a single element is never stepped.
         if any(s < 0 and n > 1 for s, n in zip(array.strides, array.shape, strict=True)):
             raise ValueError(f"array: expected no negative stride, got strides {array.strides}")
@@ -176,9 +172,7 @@ class Exported:
         """Export the array as a DLPack capsule; the keywords are the protocol's."""
         is_bf16 = self._array.dtype == _BF16
         source = self._array.view(np.uint16) if is_bf16 else self._array
-        capsule = source.__dlpack__(
-            stream=stream, max_version=max_version, dl_device=dl_device, copy=copy
-        )
+        capsule = source.__dlpack__(stream=stream, max_version=max_version, dl_device=dl_device, copy=copy)
         if is_bf16:
             _read(capsule)[0].code = _BFLOAT
         return capsule
@@ -219,9 +213,7 @@ def _read(capsule: Any) -> tuple[_DataType, bool]:
     if _is_valid(capsule, b"dltensor_versioned"):
         managed = _Versioned.from_address(_get_pointer(capsule, b"dltensor_versioned"))
         if managed.major != _VERSION[0]:  # another major version may move the tensor
-            raise TypeError(
-                f"capsule: expected DLPack {_VERSION[0]}.x, got {managed.major}.{managed.minor}"
-            )
+            raise TypeError(f"capsule: expected DLPack {_VERSION[0]}.x, got {managed.major}.{managed.minor}")
         return managed.tensor.dtype, True
     if _is_valid(capsule, b"dltensor"):
         return _Tensor.from_address(_get_pointer(capsule, b"dltensor")).dtype, False

@@ -1,1 +1,1 @@
-"""The stages on CuPy arrays: arguments are packed and kernels launched, nothing waits. Input has been checked at the door."""
+"""The stages on CuPy arrays: arguments are packed, kernels launched, nothing waits. Input was checked at the door."""

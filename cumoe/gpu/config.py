@@ -32,7 +32,7 @@ class StackSizes(NamedTuple):
 
 
 def select_config(engine: str, stacks: tuple[StackSizes, ...]) -> TileConfig:
-    """Return the smallest tile that holds the mean number of rows an expert of the first stack gets, else the largest."""
+    """Return the smallest tile that holds the mean number of rows of an expert of the first stack, or the largest."""
     first = stacks[0]
     mean_rows = -(-first.num_rows // first.num_experts)
     fitting = [block_m for block_m in BLOCK_M[engine] if block_m >= mean_rows]
@@ -40,7 +40,7 @@ def select_config(engine: str, stacks: tuple[StackSizes, ...]) -> TileConfig:
 
 
 def max_tiles(config: TileConfig, stacks: tuple[StackSizes, ...]) -> int:
-    """Return an upper bound of the tiles, whatever the routing: each expert that has rows adds at most one partial tile."""
+    """Return an upper bound of the tiles for any routing: an expert that has rows adds at most one partial tile."""
     total = 0
     for stack in stacks:
         half = HALF[config.engine]

@@ -9,7 +9,7 @@ from cumoe.data.routing import Routing
 from cumoe.data.weights import ExpertWeights, SharedExperts
 from cumoe.door.arrays import cupy
 from cumoe.gpu.compile import launch
-from cumoe.gpu.stacks import ExpertStack, run, strides
+from cumoe.gpu.stacks import ExpertStack, run, strides, weight_order
 from cumoe.gpu.structs import Struct
 
 Buffers = dict[str, tuple[tuple[int, ...], np.dtype]]
@@ -25,21 +25,26 @@ GATE_WARPS = 8
 def buffers(num_tokens: int, top_k: int, weights: ExpertWeights, shared: tuple[SharedExperts, ...]) -> Buffers:
     """Return name, shape and dtype of everything that the projections write.
 
-    Hidden rows have the dtype of the tokens, their pitch a multiple of 8 so that tensor cores can read them; expert rows
-    are float32, so that the combine rounds once.
+    Hidden rows that tensor cores will read have the dtype of the weights and a pitch that is a multiple of 8, all
+    others are float32; expert rows are float32, so that the combine rounds once.
     """
-    dtype, float32 = weights.w_down.dtype, np.dtype(np.float32)
-    hidden_size, num_shared = weights.w_down.shape[1], sum(member.num_shared for member in shared)
-    widths = [member.intermediate_size for member in shared for _ in range(member.num_shared)]
+    float32, hidden_size = np.dtype(np.float32), weights.w_down.shape[1]
+    shared_weights = [own for member in shared for own in member.weights]
+    num_shared = len(shared_weights)
     wanted: Buffers = {
-        "hidden": ((num_tokens * top_k, _pitch(weights.intermediate_size)), dtype),
+        "hidden": _hidden_buffer(num_tokens * top_k, weights),
         "rows": ((num_tokens * top_k, hidden_size), float32),
         "shared_rows": ((num_shared, num_tokens, hidden_size), float32),
         "shared_gates": ((num_shared, num_tokens), float32),
     }
-    for s, width in enumerate(widths):
-        wanted[f"shared_hidden_{s}"] = ((num_tokens, _pitch(width)), dtype)
+    for s, own in enumerate(shared_weights):
+        wanted[f"shared_hidden_{s}"] = _hidden_buffer(num_tokens, own)
     return wanted
+
+
+def _hidden_buffer(num_rows: int, weights: ExpertWeights) -> tuple[tuple[int, ...], np.dtype]:
+    dtype = weights.w_down.dtype if weight_order(weights.w_down, "ungated") else np.dtype(np.float32)
+    return (num_rows, -(-weights.intermediate_size // 8) * 8), dtype
 
 
 def forward(
@@ -65,7 +70,15 @@ def forward(
     }
     hidden = out["hidden"][:, : weights.intermediate_size]
     first = [
-        _gate_up(x, weights, hidden, scale_in=factor("input"), scale_out=factor("activation"), slots_per_a_row=top_k, **routed)
+        _gate_up(
+            x,
+            weights,
+            hidden,
+            scale_in=factor("input"),
+            scale_out=factor("activation"),
+            slots_per_a_row=top_k,
+            **routed,
+        )
     ]
     second = [_down(hidden, weights, out["rows"], scale_out=factor("output"), **routed)]
     s = 0
@@ -152,7 +165,3 @@ def _gate(x: Any, gate: Any, gates: Any) -> None:
         hidden_size=hidden_size,
     )
     launch(f"shared_gate_{x.dtype.name}", -(-num_tokens // GATE_WARPS), GATE_WARPS * 32, argument)
-
-
-def _pitch(width: int) -> int:
-    return -(-width // 8) * 8

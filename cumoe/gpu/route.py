@@ -17,8 +17,10 @@ SCORINGS = ("softmax", "sigmoid", "sqrt_softplus")
 LAUNCH = Struct(
     pointer=("logits", "selection_bias", "expert_scale", "topk_ids", "topk_weights"),
     int64=("row_stride", "col_stride"),
-    int32=("num_tokens", "num_experts", "top_k", "scoring", "select_by", "num_groups", "top_groups", "group_score")
-    + ("renormalize", "epsilon_mode"),
+    int32=(
+        *("num_tokens", "num_experts", "top_k", "scoring", "select_by"),
+        *("num_groups", "top_groups", "group_score", "renormalize", "epsilon_mode"),
+    ),
     float32=("dropped_value", "epsilon", "scale", "softcap"),
     int32_2=("words", "padding"),
 )

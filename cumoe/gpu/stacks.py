@@ -53,14 +53,9 @@ class ExpertStack:
     @property
     def kernel(self) -> tuple[str, str, str]:
         """Return (engine, dtypes, weight order) of the kernel that serves this stack."""
-        if self.a.dtype == self.w.dtype and self.w.dtype.itemsize == 2 and _rows_are_aligned(self.a):
-            expert, row, col = strides(self.w)
-            aligned = self.w.data.ptr % 16 == 0 and expert % 8 == 0
-            if aligned and col == 1 and row % 8 == 0:
-                return "mma", self.w.dtype.name, "inner_major"
-            halves_are_aligned = self.layout != "stacked" or self.w.shape[1] % 16 == 0
-            if aligned and row == 1 and col % 8 == 0 and halves_are_aligned:
-                return "mma", self.w.dtype.name, "row_major"
+        order = weight_order(self.w, self.layout)
+        if order and self.a.dtype == self.w.dtype and _rows_are_aligned(self.a):
+            return "mma", self.w.dtype.name, order
         return "simt", f"{self.a.dtype.name}_{self.w.dtype.name}", ""
 
     def pack(self) -> bytes:
@@ -99,6 +94,17 @@ class ExpertStack:
         )
 
 
+def weight_order(w: Any, layout: str) -> str:
+    """Return the order of axes in which tensor cores can read the weights, or "": see grouped_gemm_mma.cuh."""
+    expert, row, col = strides(w)
+    if w.dtype.itemsize != 2 or w.data.ptr % 16 or expert % 8:
+        return ""
+    if col == 1 and row % 8 == 0:
+        return "inner_major"
+    halves_are_aligned = layout != "stacked" or w.shape[1] % 16 == 0
+    return "row_major" if row == 1 and col % 8 == 0 and halves_are_aligned else ""
+
+
 def strides(array: Any) -> tuple[int, ...]:
     """Return the strides in elements; those of axes of length 1, which are never walked, as 0 (1 for the last axis)."""
     itemsize, last = array.dtype.itemsize, array.ndim - 1
@@ -114,21 +120,20 @@ def _rows_are_aligned(a: Any) -> bool:
 
 
 def run(stacks: Iterable[ExpertStack]) -> None:
-    """Launch the grouped GEMM of all stacks: one launch for each kernel that is needed, up to `MAX_STACKS` stacks each."""
-    by_kernel: dict[tuple[str, str, str], list[ExpertStack]] = {}
+    """Launch the grouped GEMM of all stacks: a launch for each kernel that is needed, and every `MAX_STACKS` stacks."""
+    launches: dict[tuple[str, str, str, bool], list[ExpertStack]] = {}
     for stack in stacks:
         if stack.num_rows > 0:
-            by_kernel.setdefault(stack.kernel, []).append(stack)
-    for key, members in by_kernel.items():
+            launches.setdefault((*stack.kernel, stack.c.dtype == np.float32), []).append(stack)
+    for key, members in launches.items():
         for first in range(0, len(members), MAX_STACKS):
             _launch(*key, members[first : first + MAX_STACKS])
 
 
-def _launch(engine: str, dtypes: str, order: str, stacks: list[ExpertStack]) -> None:
+def _launch(engine: str, dtypes: str, order: str, stores_float32: bool, stacks: list[ExpertStack]) -> None:
     sizes = tuple(stack.sizes for stack in stacks)
     config = select_config(engine, sizes)
     packed = b"".join(stack.pack() for stack in stacks).ljust(STACK.itemsize * MAX_STACKS, b"\0")
-    stores_float32 = int(stacks[0].c.dtype == np.float32)
     argument = by_value(packed + struct.pack("=2i", len(stacks), stores_float32))
     name = f"grouped_gemm_{engine}_{dtypes}" + (f"_{config.block_m}_{order}" if engine == "mma" else "")
     grid = grid_size(config, sizes, num_multiprocessors(cupy.cuda.runtime.getDevice()))

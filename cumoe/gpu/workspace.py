@@ -41,8 +41,8 @@ def _padded_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
 class Workspace:
     """A block of device memory for each (device, stream) that used it; it grows and never shrinks.
 
-    Hold `lock` from `arrays` until the last launch that uses them: two threads on one stream share a block. A block that
-    a stream capture has seen is kept as long as the workspace lives, since the graph writes to it.
+    Hold `lock` from `arrays` until the last launch that uses them: two threads on one stream share a block. A block
+    that a stream capture has seen is kept as long as the workspace lives, since the graph writes to it.
     """
 
     def __init__(self) -> None:

@@ -78,12 +78,15 @@ def moe(
 
     Notes
     -----
-    Accumulation, factors and combine are float32; the hidden row between the projections has the dtype of `x` on a GPU
-    (float32 on the CPU), the result is rounded once. Same bits on every run; on a GPU also for every batch around a row.
+    Accumulation, factors and combine are float32, the result is rounded once. The hidden row between the projections
+    is float32 on the CPU; on a GPU it has the dtype of `x` where tensor cores read it, else it is float32 too. Same
+    bits on every run; on a GPU also for every batch around a row.
 
-    Memory beyond inputs and output, on a GPU: hidden rows num_tokens * (top_k * I + sum_s I_s) in the dtype of `x`,
-    float32 result rows num_tokens * (top_k + num_shared) * hidden_size, and 2 * num_tokens * top_k int32. They come from
-    CuPy's pool; inside a graph capture use `MoE`, which keeps them. Up to 7 launches, no host synchronisation.
+    Memory beyond inputs and output, on a GPU: num_tokens * (top_k * I + sum_s I_s) numbers of hidden rows,
+    num_tokens * (top_k + num_shared) * hidden_size float32 numbers of result rows, and 2 * num_tokens * top_k int32; no
+    copy of a token. They come from CuPy's pool; inside a graph capture use `MoE`, which keeps them. Four launches up to
+    4096 slots, five above, one more for each gated shared expert and where arrays differ in alignment; no host
+    synchronisation.
     """
     experts, members = check_weights(experts, shared, weight_on)
     tokens, kind = admit_tokens(x, experts)

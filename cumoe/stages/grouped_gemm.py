@@ -72,9 +72,9 @@ def grouped_gemm(
 
     Notes
     -----
-    Accumulation in float32. GPU: one launch and a fill with zeros on the current stream, no host synchronisation, can be
-    captured; a row has the same bits whatever other rows there are. 16-bit arrays whose strides and bases are multiples
-    of 16 bytes run on tensor cores, all others on float32 units.
+    Accumulation in float32. GPU: one launch and a fill with zeros on the current stream, no host synchronisation,
+    can be captured; a row has the same bits whatever other rows there are. 16-bit arrays whose strides and bases
+    are multiples of 16 bytes run on tensor cores, all others on float32 units.
     """
     check_word("rows", rows, ("sorted", "tokens"))
     a, kind = admit("x", x)

@@ -1,0 +1,147 @@
+"""What must agree between pyproject.toml, Python and the CUDA sources; no GPU needed."""
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cumoe.data.routing import GPU_MAX_EXPERTS
+from cumoe.gpu import combine, config, experts, group, route, sources, stacks
+from cumoe.gpu.compile import KERNEL_UNIT
+
+ROOT = Path(__file__).resolve().parent.parent
+CUDA = {path.name: path.read_text(encoding="utf-8") for path in sorted(sources.kernels_directory().glob("*.cu*"))}
+SMALLEST_SHARED_BYTES = 101_376  # what one block may have on sm_86, sm_89 and sm_120
+
+LAUNCHES = {
+    "CombineLaunch": combine.LAUNCH,
+    "ExpertStack": stacks.STACK,
+    "GateLaunch": experts.GATE_LAUNCH,
+    "GroupLaunch": group.LAUNCH,
+    "RouterLaunch": route.LAUNCH,
+}
+CODES = {"int64": "q", "int": "i", "float": "f"}
+
+
+def cuda_fields(struct):
+    """Return (name, type code) of the fields of a struct in the CUDA sources, nested ones written out.
+
+    A nested struct's field `name` has the name of the whole.
+    """
+    text = "\n".join(CUDA.values())
+    body = re.search(rf"^struct {struct} {{\n(.*?)^}};", text, re.MULTILINE | re.DOTALL)[1]
+    found = []
+    for kind, star, names in re.findall(r"(?:const )?(\w+)(\*?) ([\w, ]+);", re.sub(r"//.*", "", body)):
+        for name in names.split(", "):
+            if star or kind in CODES:
+                found.append((name, "Q" if star else CODES[kind]))
+            else:
+                found += [(name if inner == "name" else inner, code) for inner, code in cuda_fields(kind)]
+    return found
+
+
+def constant(text):
+    """Evaluate an expression of numbers and MAX_STACKS."""
+    return eval(text, {"__builtins__": {}}, {"MAX_STACKS": stacks.MAX_STACKS})
+
+
+def test_the_sources_are_found():
+    """In the checkout or in the installed package."""
+    assert {f"{unit}.cu" for unit in sources.UNITS} <= set(CUDA)
+
+
+def test_struct_sizes_are_those_that_python_packs():
+    """Every asserted struct has a twin, and every twin is asserted."""
+    asserted = {
+        struct: constant(size)
+        for text in CUDA.values()
+        for struct, size in re.findall(r"static_assert\(sizeof\((\w+)\) == ([^,]+),", text)
+    }
+    packed = {struct: twin.itemsize for struct, twin in LAUNCHES.items()}
+    assert asserted == packed | {"GemmLaunch": stacks.LAUNCH_BYTES}
+    assert f"MAX_STACKS = {stacks.MAX_STACKS};" in CUDA["stacks.cuh"]
+
+
+@pytest.mark.parametrize("struct", LAUNCHES)
+def test_struct_fields_lie_where_python_packs_them(struct):
+    """The same names and types in the same order."""
+    packed = LAUNCHES[struct]
+    assert cuda_fields(struct) == list(zip(packed.names, packed._struct.format.removeprefix("="), strict=True))
+
+
+@pytest.mark.parametrize("unit", sources.UNITS)
+def test_a_unit_is_one_text_with_each_header_once(unit):
+    """Nothing of the project is left to include, and nothing comes twice."""
+    text = sources.unit_source(unit)
+    assert '#include "' not in text
+    assert "#pragma once" not in text
+    for name, body in CUDA.items():
+        first_line = body.splitlines()[0]
+        assert text.count(first_line) <= 1, name
+
+
+def test_every_kernel_has_a_unit_and_every_unit_kernels():
+    """The table that finds a kernel names the units that are compiled."""
+    assert set(KERNEL_UNIT.values()) == set(sources.UNITS)
+    for prefix, unit in KERNEL_UNIT.items():
+        assert prefix in sources.unit_source(unit)
+
+
+def configs():
+    """Return every tile there is."""
+    return [config.TileConfig(engine, block_m) for engine, rows in config.BLOCK_M.items() for block_m in rows]
+
+
+@pytest.mark.parametrize("tile", configs(), ids=str)
+def test_shared_memory_suffices_everywhere(tile):
+    """Also with as many groups as a launch can have: all routed experts and a shared expert in every other stack."""
+    assert tile.shared_bytes(GPU_MAX_EXPERTS + stacks.MAX_STACKS) <= SMALLEST_SHARED_BYTES
+    assert (tile.engine, tile.block_m) in config.BLOCKS_PER_SM
+
+
+STACKS = st.lists(
+    st.tuples(st.lists(st.integers(0, 300), min_size=1, max_size=12), st.integers(1, 400), st.booleans()),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(STACKS, st.sampled_from(configs()), st.integers(0, 300))
+def test_max_tiles_bounds_the_tiles_of_any_routing(drawn, tile, without_expert):
+    """A random number of rows for every expert, and rows that no expert has."""
+    sizes, tiles = [], 0
+    for rows_of, width, paired in drawn:
+        weight_rows = 2 * width if paired else width
+        sizes.append(config.StackSizes(len(rows_of), sum(rows_of) + without_expert, weight_rows, paired))
+        per_block = config.HALF[tile.engine] * (1 if paired else 2)
+        n_blocks = -(-width // per_block)
+        tiles += sum(-(-rows // tile.block_m) for rows in rows_of) * n_blocks
+    assert tiles <= config.max_tiles(tile, tuple(sizes))
+    grid = config.grid_size(tile, tuple(sizes), 132)
+    assert 0 <= grid <= 132 * config.BLOCKS_PER_SM[tile.engine, tile.block_m]
+    assert grid > 0 or tiles == 0
+
+
+@given(st.sampled_from(sorted(config.BLOCK_M)), st.integers(1, 64), st.integers(0, 10_000))
+def test_the_chosen_tile_holds_the_mean_expert_or_is_the_largest(engine, num_experts, num_rows):
+    """And no smaller tile would hold it."""
+    tile = config.select_config(engine, (config.StackSizes(num_experts, num_rows, 64, False),))
+    mean = -(-num_rows // num_experts)
+    assert tile.block_m in config.BLOCK_M[engine]
+    assert tile.block_m >= mean or tile.block_m == max(config.BLOCK_M[engine])
+    assert not any(mean <= smaller < tile.block_m for smaller in config.BLOCK_M[engine])
+
+
+def test_every_package_and_the_kernels_are_installed():
+    """pyproject.toml lists the folders by hand; the kernels are one of them."""
+    tomllib = pytest.importorskip("tomllib")
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    folders = {path.parent for path in (ROOT / "cumoe").rglob("__init__.py")}
+    on_disk = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    assert set(setuptools["packages"]) == on_disk | {"cumoe.kernels"}
+    assert setuptools["package-dir"]["cumoe.kernels"] == "kernels"
+    patterns = setuptools["package-data"]["cumoe.kernels"]
+    for path in (ROOT / "kernels").iterdir():
+        assert any(path.match(pattern) for pattern in patterns), path
