@@ -11,10 +11,10 @@ import pytest
 from support import CPU, DTYPES, GPU, assert_close, gpu_is_there, random_layer
 
 import cumoe
-import cumoe.layer.module
+from cumoe.door.arrays import give_back
 
 ROUTER = cumoe.Router(2, renormalize=True, scale=2.5)
-PLACES = ("input", "activation", "output")
+
 
 def needs_gpu(test):
     """Mark a test that has no CPU half."""
@@ -64,7 +64,7 @@ def eager(made, tokens):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("weight_on", PLACES)
+@pytest.mark.parametrize("weight_on", ["input", "activation", "output"])
 def test_layer_routes_and_computes(backend, dtype, weight_on):
     """By definition, from tokens alone."""
     made = make(backend, dtype, weight_on=weight_on)
@@ -72,7 +72,7 @@ def test_layer_routes_and_computes(backend, dtype, weight_on):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("weight_on", PLACES)
+@pytest.mark.parametrize("weight_on", ["input", "activation", "output"])
 def test_layer_with_logits_is_route_then_moe(backend, dtype, weight_on):
     """The same bits; the layer's own projection plays no part."""
     made = make(backend, dtype, weight_on=weight_on)
@@ -266,22 +266,19 @@ def test_torch_tensors_in_and_out(monkeypatch, dtype):
     converted = []
 
     def tensor(array):
-        made = torch.from_numpy(array.astype(np.float32)).to(getattr(torch, array.dtype.name))
-        converted.append(made)
-        return made
+        converted.append(torch.from_numpy(array.astype(np.float32)).to(getattr(torch, array.dtype.name)))
+        return converted[-1]
 
     arrays = random_layer(np.random.default_rng(0), dtype, num_tokens=20, shared_sizes=(16,), gated_shared=True)
     ours, theirs = foreign_layer(torch, arrays, tensor)
-    addresses = {made.data_ptr() for made in converted}
+    addresses = {one.data_ptr() for one in converted}
     assert {theirs.experts.weights.w_gate_up.ctypes.data, theirs.experts.weights.w_down.ctypes.data} <= addresses
     x, expected = tensor(arrays.x), ours(arrays.x).astype(np.float32)
 
     results = []
-    give_back = cumoe.layer.module.give_back
-    monkeypatch.setattr(cumoe.layer.module, "give_back", lambda y, kind: give_back(results.append(y) or y, kind))
+    monkeypatch.setattr("cumoe.layer.module.give_back", lambda y, kind: give_back(results.append(y) or y, kind))
     y = theirs(x)
-    assert type(y) is torch.Tensor
-    assert y.dtype == x.dtype
+    assert (type(y), y.dtype) == (torch.Tensor, x.dtype)
     assert y.data_ptr() == results[0].ctypes.data
     assert (y.float().numpy() == expected).all()
     out = torch.full_like(x, torch.nan)
@@ -303,8 +300,7 @@ def test_jax_arrays_in_and_out(dtype):
     ours, theirs = foreign_layer(jax, arrays, jax.numpy.asarray)
     x = jax.numpy.asarray(arrays.x)
     y = theirs(x)
-    assert isinstance(y, jax.Array)
-    assert y.dtype == x.dtype
+    assert isinstance(y, jax.Array) and y.dtype == x.dtype
     assert (np.asarray(y).astype(np.float32) == ours(arrays.x).astype(np.float32)).all()
     with pytest.raises(ValueError, match=r"^out: expected a writable array, got a read-only one$"):
         theirs(x, out=jax.numpy.zeros_like(x))

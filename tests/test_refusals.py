@@ -1,7 +1,7 @@
 """Everything that is refused, and the words: ``name: expected this, got that``.
 
-A row is a function, the arguments that are wrong, the exception, and three pieces of its message. The other arguments
-are those of `VALID`, with which the call succeeds.
+A row is a function, the arguments that are wrong, the exception, and three pieces of its message. With the arguments
+of `VALID` alone the call succeeds.
 """
 
 import re
@@ -276,10 +276,10 @@ class Foreign:
         self.array, self.device = array, device
 
     def __dlpack__(self, **options):
-            return self.array.__dlpack__(**options)
+        return self.array.__dlpack__(**options)
 
     def __dlpack_device__(self):
-            return self.device
+        return self.device
 
 
 @pytest.fixture(autouse=True)

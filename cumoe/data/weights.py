@@ -7,13 +7,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from cumoe.data.activation import Activation, as_activation
-from cumoe.door.arrays import admit, admit_like, check_kind
+from cumoe.door.arrays import Kind, admit, admit_like, check_kind
 from cumoe.door.checks import (
     FACTOR_DTYPES,
     FLOAT_DTYPES,
     check_count,
     check_dtype,
     check_rank,
+    check_same_dtype,
     check_shape,
     check_word,
     refuse,
@@ -101,40 +102,10 @@ class Experts:
         *,
         layout: Layout = "stacked",
     ) -> None:
-        check_word("layout", layout, LAYOUTS)
-        gate_up, self.kind = admit("w_gate_up", w_gate_up)
-        check_rank("w_gate_up", gate_up, ("num_experts", _row_axis(layout), "hidden_size"))
-        check_dtype("w_gate_up", gate_up, FLOAT_DTYPES)
-        down = admit_like("w_down", w_down, self.kind, "w_gate_up")
-        if down.dtype != gate_up.dtype:
-            raise TypeError(refuse("w_down", f"dtype {gate_up.dtype.name}, like w_gate_up", down.dtype.name))
-        num_experts, rows, hidden_size = gate_up.shape
-        for axis, size in (("num_experts", num_experts), ("hidden_size", hidden_size), (_row_axis(layout), rows)):
-            check_count(f"{axis} of w_gate_up", size, 1)
-        if layout != "ungated" and rows % 2:
-            raise ValueError(refuse("w_gate_up", f"an even number of rows with layout={layout!r}", gate_up.shape))
-        self.num_experts, self.hidden_size = num_experts, hidden_size
-        self.intermediate_size = rows if layout == "ungated" else rows // 2
-        axes = {"num_experts": num_experts, "hidden_size": hidden_size, "intermediate_size": self.intermediate_size}
-        check_rank("w_down", down, tuple(axes))
-        check_shape("w_down", down, axes)
-        self.dtype = gate_up.dtype
-        self.weights = ExpertWeights(
-            gate_up,
-            down,
-            self._bias("b_gate_up", b_gate_up, {"num_experts": num_experts, _row_axis(layout): rows}),
-            self._bias("b_down", b_down, {"num_experts": num_experts, "hidden_size": hidden_size}),
-            as_activation(activation),
-            layout,
-        )
-
-    def _bias(self, name: str, bias: Any, axes: dict[str, int]) -> Any:
-        if bias is None:
-            return None
-        bias = admit_like(name, bias, self.kind, "w_gate_up")
-        check_dtype(name, bias, FACTOR_DTYPES)
-        check_shape(name, bias, axes)
-        return bias.astype(np.float32, order="C", copy=False)
+        arrays = (w_gate_up, w_down, b_gate_up, b_down)
+        self.weights, self.kind = _check_weights(arrays, ("num_experts",), activation, layout)
+        self.num_experts, self.hidden_size, self.intermediate_size = self.weights.w_down.shape
+        self.dtype = self.weights.w_down.dtype
 
     def __repr__(self) -> str:
         """Return the sizes."""
@@ -180,45 +151,29 @@ class SharedExperts:
         *,
         layout: Layout = "stacked",
     ) -> None:
-        check_word("layout", layout, LAYOUTS)
-        gate_up, self.kind = admit("w_gate_up", w_gate_up)
-        if gate_up.ndim not in (2, 3):
-            expected = f"2 dimensions ({_row_axis(layout)}, hidden_size) or 3 (num_shared first)"
-            raise ValueError(refuse("w_gate_up", expected, f"shape {tuple(gate_up.shape)}"))
-        stacked = gate_up.ndim == 3
-        arrays = {"w_gate_up": gate_up}
-        for name, array in (("w_down", w_down), ("gate", gate), ("b_gate_up", b_gate_up), ("b_down", b_down)):
-            arrays[name] = (
-                None if array is None and name != "w_down" else admit_like(name, array, self.kind, "w_gate_up")
-            )
-            rank = gate_up.ndim if name == "w_down" else gate_up.ndim - 1
-            if name != "gate" and arrays[name] is not None and arrays[name].ndim != rank:
-                raise ValueError(
-                    refuse(name, f"{rank} dimensions, like w_gate_up", f"shape {tuple(arrays[name].shape)}")
-                )
-        as_stack = {name: array if stacked or array is None else array[None] for name, array in arrays.items()}
-        experts = Experts(
-            as_stack["w_gate_up"],
-            as_stack["w_down"],
-            as_stack["b_gate_up"],
-            as_stack["b_down"],
-            activation,
-            layout=layout,
-        )
-        self.num_shared, self.dtype = experts.num_experts, experts.dtype
-        self.hidden_size, self.intermediate_size = experts.hidden_size, experts.intermediate_size
-        self.gate = self._check_gate(arrays["gate"], stacked)
-        self.weights = [experts.weights.map(itemgetter(slice(s, s + 1))) for s in range(self.num_shared)]
+        first, _ = admit("w_gate_up", w_gate_up)
+        if first.ndim not in (2, 3):
+            rows = _row_axis(layout)
+            expected = f"2 dimensions ({rows}, hidden_size) or 3 (num_shared, {rows}, hidden_size)"
+            raise ValueError(refuse("w_gate_up", expected, f"shape {tuple(first.shape)}"))
+        stack = ("num_shared",) if first.ndim == 3 else ()
+        weights, self.kind = _check_weights((w_gate_up, w_down, b_gate_up, b_down), stack, activation, layout)
+        self.num_shared, self.hidden_size, self.intermediate_size = weights.w_down.shape
+        self.dtype = weights.w_down.dtype
+        self.gate = self._check_gate(gate, bool(stack))
+        self.weights = [weights.map(itemgetter(slice(s, s + 1))) for s in range(self.num_shared)]
 
-    def _check_gate(self, gate: Any, stacked: bool) -> Any:
-        """Return the gates as (num_shared, hidden_size), or None."""
+    def _check_gate(self, gate: Any, is_stack: bool) -> Any:
+        """Return the gates as (num_shared, hidden_size), or None; one gate may also come as (1, hidden_size)."""
         if gate is None:
             return None
-        if gate.dtype != self.dtype:
-            raise TypeError(refuse("gate", f"dtype {self.dtype.name}, like w_gate_up", gate.dtype.name))
-        if gate.ndim == 1 and not stacked:
-            gate = gate[None]
-        check_shape("gate", gate, {"num_shared": self.num_shared, "hidden_size": self.hidden_size})
+        gate = admit_like("gate", gate, self.kind, "w_gate_up")
+        check_same_dtype("gate", gate, self.dtype, "w_gate_up")
+        axes = {"num_shared": self.num_shared, "hidden_size": self.hidden_size}
+        if not is_stack and gate.shape != (1, self.hidden_size):
+            check_shape("gate", gate, {"hidden_size": self.hidden_size})
+            return gate[None]
+        check_shape("gate", gate, axes)
         return gate
 
     def __repr__(self) -> str:
@@ -240,11 +195,56 @@ def check_shared(shared: Any, experts: Experts) -> tuple[SharedExperts, ...]:
         if not isinstance(member, SharedExperts):
             raise TypeError(refuse(name, "a cumoe.SharedExperts, or a sequence of them", type(member).__name__))
         check_kind(name, member.kind, experts.kind, "experts")
-        if member.dtype != experts.dtype:
-            raise TypeError(refuse(name, f"dtype {experts.dtype.name}, like experts", member.dtype.name))
+        check_same_dtype(name, member, experts.dtype, "experts")
         if member.hidden_size != experts.hidden_size:
             raise ValueError(refuse(name, f"hidden_size={experts.hidden_size}, like experts", member.hidden_size))
     return members
+
+
+def _check_weights(
+    arrays: tuple[Any, Any, Any, Any], stack: tuple[str, ...], activation: Any, layout: Any
+) -> tuple[ExpertWeights, Kind]:
+    """Return checked (w_gate_up, w_down, b_gate_up, b_down) with an axis of experts, whatever `stack` they came with.
+
+    `stack` names the axis in front that the caller's arrays have, if they have one.
+    """
+    check_word("layout", layout, LAYOUTS)
+    gate_up, kind = admit("w_gate_up", arrays[0])
+    check_rank("w_gate_up", gate_up, (*stack, _row_axis(layout), "hidden_size"))
+    check_dtype("w_gate_up", gate_up, FLOAT_DTYPES)
+    *num, rows, hidden_size = gate_up.shape
+    for axis, size in zip((*stack, _row_axis(layout), "hidden_size"), gate_up.shape, strict=True):
+        check_count(f"{axis} of w_gate_up", size, 1)
+    if layout != "ungated" and rows % 2:
+        raise ValueError(
+            refuse("w_gate_up", f"an even number of rows with layout={layout!r}", f"shape {gate_up.shape}")
+        )
+    in_front = dict(zip(stack, num, strict=True))
+    width = rows if layout == "ungated" else rows // 2
+
+    down = admit_like("w_down", arrays[1], kind, "w_gate_up")
+    check_same_dtype("w_down", down, gate_up.dtype, "w_gate_up")
+    axes = {**in_front, "hidden_size": hidden_size, "intermediate_size": width}
+    check_rank("w_down", down, tuple(axes))
+    check_shape("w_down", down, axes)
+
+    def checked_bias(name: str, bias: Any, axis: str, size: int) -> Any:
+        if bias is None:
+            return None
+        bias = admit_like(name, bias, kind, "w_gate_up")
+        check_dtype(name, bias, FACTOR_DTYPES)
+        check_shape(name, bias, {**in_front, axis: size})
+        return bias.astype(np.float32, order="C", copy=False)
+
+    weights = ExpertWeights(
+        gate_up,
+        down,
+        checked_bias("b_gate_up", arrays[2], _row_axis(layout), rows),
+        checked_bias("b_down", arrays[3], "hidden_size", hidden_size),
+        as_activation(activation),
+        layout,
+    )
+    return (weights if stack else weights.map(itemgetter(None))), kind
 
 
 def _row_axis(layout: str) -> str:

@@ -77,7 +77,7 @@ def admit(name: str, array: Any) -> tuple[Any, Kind]:
     if not (hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__")) or isinstance(array, np.generic):
         raise TypeError(refuse(name, EXPECTED_ARRAY, type(array).__name__))
     device_type, device_id = (int(part) for part in array.__dlpack_device__())
-    library = _library_of(array)
+    library = _library_of(name, array)
     if device_type in _DLPACK_CPU:
         return to_numpy(array), Kind(library, "cpu")
     if device_type in _DLPACK_CUDA and cupy is not None:
@@ -110,16 +110,14 @@ def give_back(array: Any, kind: Kind) -> Any:
     return _importers[kind.library](Exported(array) if isinstance(array, np.ndarray) else array)
 
 
-def _library_of(array: Any) -> str:
+def _library_of(name: str, array: Any) -> str:
     """Return the exporter's library and remember its ``from_dlpack``."""
     package = type(array).__module__.split(".")[0]
     namespace: Any = sys.modules.get(package)
     if hasattr(array, "__array_namespace__"):
         namespace = array.__array_namespace__()
     if not hasattr(namespace, "from_dlpack"):
-        raise TypeError(
-            refuse("array", "an exporter whose library has from_dlpack", f"{package}.{type(array).__name__}")
-        )
+        raise TypeError(refuse(name, "an exporter whose library has from_dlpack", f"{package}.{type(array).__name__}"))
     library = namespace.__name__.split(".")[0]
     _importers.setdefault(library, namespace.from_dlpack)
     return library

@@ -65,6 +65,23 @@ def check_dtype(name: str, array: Any, dtypes: Sequence[np.dtype]) -> None:
         raise TypeError(refuse(name, f"dtype {one_of([d.name for d in dtypes])}", _dtype_name(array.dtype)))
 
 
+def check_same_dtype(name: str, array: Any, dtype: np.dtype, owner: str) -> None:
+    """Raise TypeError unless `array` has the dtype of `owner`."""
+    if array.dtype != dtype:
+        raise TypeError(refuse(name, f"dtype {dtype.name}, like {owner}", _dtype_name(array.dtype)))
+
+
+def as_float_dtype(name: str, value: Any, default: Any) -> np.dtype:
+    """Return the dtype that `value` (None: `default`) stands for; raise TypeError unless it is one of FLOAT_DTYPES."""
+    try:
+        dtype = np.dtype(default if value is None else value)
+    except TypeError:
+        dtype = None
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(refuse(name, one_of([d.name for d in FLOAT_DTYPES]), repr(value)))
+    return dtype
+
+
 def check_rank(name: str, array: Any, axes: Sequence[str]) -> None:
     """Raise ValueError unless `array` has one dimension for each of `axes`."""
     if array.ndim != len(axes):

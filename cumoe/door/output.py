@@ -5,13 +5,11 @@ from typing import Any
 import numpy as np
 
 from cumoe.door.arrays import Kind, admit_like, cupy
-from cumoe.door.checks import FLOAT_DTYPES, check_dtype, check_shape, refuse
+from cumoe.door.checks import check_dtype, check_shape, refuse
 
 
 def output(out: Any, shape: tuple[int, int], dtype: np.dtype, kind: Kind, owner: str) -> tuple[Any, Any]:
     """Return the NumPy or CuPy array to write, and the caller's own `out` (None if it is ours)."""
-    if dtype not in FLOAT_DTYPES:
-        raise TypeError(refuse("dtype", "float32, float16 or bfloat16", dtype.name))
     if out is None:
         return (cupy if kind.on_gpu else np).empty(shape, dtype), None
     y = admit_like("out", out, kind, owner)

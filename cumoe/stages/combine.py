@@ -7,7 +7,7 @@ import numpy as np
 from cumoe.cpu.combine import combine as cpu_combine
 from cumoe.data.groups import check_groups
 from cumoe.door.arrays import admit, admit_like, give_back, on_device
-from cumoe.door.checks import FACTOR_DTYPES, check_dtype, check_rank, check_shape
+from cumoe.door.checks import FACTOR_DTYPES, as_float_dtype, check_dtype, check_rank, check_shape
 from cumoe.door.output import output
 from cumoe.gpu.combine import combine as gpu_combine
 
@@ -78,7 +78,7 @@ def combine(
             "shared_rows", shared, {"num_shared": len(shared), "num_tokens": num_tokens, "hidden_size": hidden_size}
         )
     with on_device(kind):
-        y, result = output(out, (num_tokens, hidden_size), np.dtype(dtype or np.float32), kind, "rows")
+        y, result = output(out, (num_tokens, hidden_size), as_float_dtype("dtype", dtype, np.float32), kind, "rows")
         engine = gpu_combine if kind.on_gpu else cpu_combine
         engine(sorted_rows, groups.inverse_permutation, weights, shared, y)
     return result if out is not None else give_back(y, kind)

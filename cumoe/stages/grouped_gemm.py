@@ -10,12 +10,13 @@ from cumoe.door.arrays import Kind, admit, admit_like, give_back, on_device
 from cumoe.door.checks import (
     FACTOR_DTYPES,
     FLOAT_DTYPES,
+    as_float_dtype,
     check_count,
     check_dtype,
     check_rank,
+    check_same_dtype,
     check_shape,
     check_word,
-    refuse,
 )
 from cumoe.gpu.experts import grouped_gemm as gpu_grouped_gemm
 
@@ -82,8 +83,7 @@ def grouped_gemm(
     check_rank("x", a, ("rows", "K"))
     weights = admit_like("w", w, kind, "x")
     check_rank("w", weights, ("num_experts", "N", "K"))
-    if weights.dtype != a.dtype:
-        raise TypeError(refuse("w", f"dtype {a.dtype.name}, like x", weights.dtype.name))
+    check_same_dtype("w", weights, a.dtype, "x")
     num_experts, width, inner = weights.shape
     for axis, size in (("num_experts", num_experts), ("N", width), ("K", inner)):
         check_count(f"{axis} of w", size, 1)
@@ -94,9 +94,7 @@ def grouped_gemm(
     check_shape("x", a, {"num_tokens" if rows == "tokens" else "num_tokens * top_k": num_rows, "K": inner})
     bias = _factors("bias", bias, {"num_experts": num_experts, "N": width}, kind)
     scale = _factors("row_scale", row_scale, {"num_tokens": num_tokens, "top_k": top_k}, kind)
-    result_dtype = np.dtype(dtype or a.dtype)
-    if result_dtype not in FLOAT_DTYPES:
-        raise TypeError(refuse("dtype", "float32, float16 or bfloat16", result_dtype.name))
+    result_dtype = as_float_dtype("dtype", dtype, a.dtype)
     slots_per_a_row = top_k if rows == "tokens" else 0
     engine = gpu_grouped_gemm if kind.on_gpu else cpu_grouped_gemm
     with on_device(kind):
