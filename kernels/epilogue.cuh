@@ -18,11 +18,11 @@ __device__ __forceinline__ float with_bias(const ExpertStack& stack, int expert,
   return stack.bias ? value + stack.bias[(int64)expert * stack.weight_rows + weight_row] : value;
 }
 
-__device__ __noinline__ float finish(const ExpertStack& stack, int expert, int feature, float acc, RowScales scales) {
+__device__ __forceinline__ float finish(const ExpertStack& stack, int expert, int feature, float acc, RowScales scales) {
   return scales.out * activate(stack.activation, with_bias(stack, expert, feature, acc, scales.in));
 }
 
-__device__ __noinline__ float finish_pair(const ExpertStack& stack, int expert, int feature, float gate, float up,
+__device__ __forceinline__ float finish_pair(const ExpertStack& stack, int expert, int feature, float gate, float up,
                                              RowScales scales) {
   bool stacked = stack.pairing == PAIR_STACKED;
   gate = with_bias(stack, expert, stacked ? feature : 2 * feature, gate, scales.in);

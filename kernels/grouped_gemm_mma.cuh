@@ -2,8 +2,10 @@
 //
 //   grid     persistent blocks; a work unit is (stack, expert, row block, weight block), see scheduler.cuh
 //   block    256 threads = 8 warps; WARPS_M x WARPS_N warps share the tile
-//   tile     BLOCK_M rows x 128 weight rows x 32 inner, float32 accumulators in registers (64 a thread at BLOCK_M = 128)
-//   smem     STAGES x (BLOCK_M + 128) x 64 B  (64 KiB at BLOCK_M = 128), XOR-swizzled by 16-byte chunks
+//   tile     BLOCK_M rows x 2 HALF weight rows x BLOCK_K inner, float32 accumulators in registers; the three shapes are
+//            TileShape below: 16 and 64 rows stream weights in whole 128-byte lines, 128 rows x 256 weight rows give a
+//            warp 64 x 64 products, so that shared memory (128 B a clock) keeps up with the tensor cores
+//   smem     STAGES x (BLOCK_M + 2 HALF) x BLOCK_K x 2 B = 72 KiB for all three, XOR-swizzled by 16-byte chunks
 //
 //   A rows are gathered through the permutation by cp.async, 16 bytes a thread: no permuted copy of the tokens exists.
 //   W is read in either order: INNER_MAJOR (inner contiguous, the usual (E, N, K) array) or ROW_MAJOR (weight rows
@@ -28,36 +30,55 @@ enum WeightOrder { INNER_MAJOR = 0, ROW_MAJOR = 1 };
 
 namespace mma {
 
-constexpr int HALF = 64, BLOCK_K = 32, STAGES = 4, THREADS = 256, WARPS = THREADS / WARP;
-constexpr int HALF_BYTES = HALF * BLOCK_K * 2;  // one half of the weight tile, in either order
+constexpr int THREADS = 256, WARPS = THREADS / WARP;
 
-// Byte offset of 16-byte chunk `chunk` of row `row`: eight rows that ldmatrix reads together hit eight bank groups.
-__device__ __forceinline__ int swizzle_64(int row, int chunk) { return row * 64 + ((chunk ^ ((row >> 1) & 3)) << 4); }
-__device__ __forceinline__ int swizzle_128(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
+// cumoe/gpu/config.py has the same numbers.
+template <int BLOCK_M> struct TileShape;
+template <> struct TileShape<16> { static constexpr int HALF = 64, BLOCK_K = 64, STAGES = 4, BLOCKS_PER_SM = 3; };
+template <> struct TileShape<64> { static constexpr int HALF = 64, BLOCK_K = 64, STAGES = 3, BLOCKS_PER_SM = 2; };
+template <> struct TileShape<128> { static constexpr int HALF = 128, BLOCK_K = 32, STAGES = 3, BLOCKS_PER_SM = 1; };
+
+// Byte offset of 16-byte chunk `chunk` of row `row` in a tile whose rows have ROW_BYTES: eight rows that ldmatrix reads
+// together hit eight different groups of four banks.
+template <int ROW_BYTES> __device__ __forceinline__ int swizzle(int row, int chunk) {
+  static_assert(ROW_BYTES == 64 || ROW_BYTES % 128 == 0, "two rows, or a part of one, cover the 32 banks");
+  return row * ROW_BYTES + ((ROW_BYTES == 64 ? chunk ^ (row >> 1 & 3) : chunk ^ (row & 7)) << 4);
+}
 
 __device__ __forceinline__ int bytes_left(int elements) { return min(max(elements, 0), 8) * 2; }
 
 template <typename T, int BLOCK_M, WeightOrder ORDER> struct GroupedGemm {
+  using Shape = TileShape<BLOCK_M>;
+  static constexpr int HALF = Shape::HALF, BLOCK_K = Shape::BLOCK_K, STAGES = Shape::STAGES;
   static constexpr int WARPS_M = BLOCK_M >= 64 ? 2 : 1, WARPS_N = WARPS / WARPS_M;
   static constexpr int M_TILES = BLOCK_M / WARPS_M / 16;  // 16-row mma tiles of a warp
   static constexpr int N_TILES = HALF / WARPS_N / 8;      // 8-column mma tiles of a warp in each half
-  static constexpr int A_BYTES = BLOCK_M * BLOCK_K * 2, STAGE_BYTES = A_BYTES + 2 * HALF_BYTES;
-  static constexpr int A_COPIES = (BLOCK_M * 4 + THREADS - 1) / THREADS;
-  static_assert(M_TILES >= 1 && N_TILES >= 1, "every warp owns a part of the tile");
+  static constexpr int A_BYTES = BLOCK_M * BLOCK_K * 2, HALF_BYTES = HALF * BLOCK_K * 2;
+  static constexpr int STAGE_BYTES = A_BYTES + 2 * HALF_BYTES;
+  static constexpr int K_CHUNKS = BLOCK_K / 8, K_ROW_BYTES = BLOCK_K * 2;  // a tile row along the inner dimension
+  static constexpr int N_CHUNKS = HALF / 8, N_ROW_BYTES = HALF * 2;        // ROW_MAJOR: a tile row along the weight rows
+  static constexpr int A_COPIES = (BLOCK_M * K_CHUNKS + THREADS - 1) / THREADS, W_COPIES = HALF * K_CHUNKS / THREADS;
+  static constexpr int WARP_N = N_TILES * 8;              // columns of a warp in each half
+  static constexpr int SLAB_PITCH = 2 * WARP_N + 8;       // the pad puts four rows on 32 different banks
+  static constexpr int SLAB_FLOATS = 16 * SLAB_PITCH;
+  static_assert(M_TILES >= 1 && N_TILES >= 1 && W_COPIES >= 1, "every warp owns a part of the tile, every thread copies");
+  static_assert(WARPS * SLAB_FLOATS * 4 <= STAGES * STAGE_BYTES, "the slabs of all warps fit where the stages were");
 
   using Halves = WeightHalves<HALF>;
 
   const GemmLaunch& launch;
-  uint32 smem;  // (STAGES, A tile | two weight halves)
+  unsigned char* stages;  // (STAGES, A tile | two weight halves)
+  uint32 smem;            // the same as a shared-memory address
   int lane, warp_m, warp_n;
 
   // What this thread copies in every inner block of the current tile.
   const T* a_source[A_COPIES];
   bool a_valid[A_COPIES];
-  const T* w_source[2];
-  int w_left[2];  // INNER_MAJOR: 1 if the weight row exists; ROW_MAJOR: weight rows from this chunk on
+  const T* w_source[2][W_COPIES];
+  int w_left[2][W_COPIES];  // weight rows of the half from this row, or chunk of rows, on
 
-  __device__ __forceinline__ GroupedGemm(const GemmLaunch& launch, uint32 smem) : launch(launch), smem(smem) {
+  __device__ __forceinline__ GroupedGemm(const GemmLaunch& launch, unsigned char* stages)
+      : launch(launch), stages(stages), smem(shared_address(stages)) {
     lane = threadIdx.x % WARP;
     int warp = __shfl_sync(FULL_MASK, threadIdx.x / WARP, 0);
     warp_m = warp / WARPS_N, warp_n = warp % WARPS_N;
@@ -66,44 +87,51 @@ template <typename T, int BLOCK_M, WeightOrder ORDER> struct GroupedGemm {
   __device__ __forceinline__ void aim(const ExpertStack& stack, const Tile& tile) {
 #pragma unroll
     for (int i = 0; i < A_COPIES; ++i) {
-      int copy = threadIdx.x + i * THREADS, row = tile.row_begin + copy / 4;
-      a_valid[i] = copy < BLOCK_M * 4 && row < tile.row_end;
+      int copy = threadIdx.x + i * THREADS, row = tile.row_begin + copy / K_CHUNKS;
+      a_valid[i] = copy < BLOCK_M * K_CHUNKS && row < tile.row_end;
       int64 a_row = a_valid[i] ? a_row_of(stack, row) : 0;
       a_source[i] = static_cast<const T*>(stack.a) + a_row * stack.a_row_stride;
     }
     const T* w = static_cast<const T*>(stack.w) + tile.expert * stack.w_expert_stride;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      int row = Halves::begin(stack, tile.n_block, half) + (ORDER == INNER_MAJOR ? threadIdx.x / 4 : threadIdx.x % 8 * 8);
-      int left = Halves::end(stack, half) - row;
-      w_left[half] = ORDER == INNER_MAJOR ? left > 0 : left;
-      w_source[half] = left > 0 ? w + row * (ORDER == INNER_MAJOR ? stack.w_row_stride : 1) : w;
-    }
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int i = 0; i < W_COPIES; ++i) {
+        int copy = threadIdx.x + i * THREADS;
+        int row = Halves::begin(stack, tile.n_block, half) + (ORDER == INNER_MAJOR ? copy / K_CHUNKS : copy % N_CHUNKS * 8);
+        w_left[half][i] = Halves::end(stack, half) - row;
+        w_source[half][i] = w_left[half][i] > 0 ? w + row * (ORDER == INNER_MAJOR ? stack.w_row_stride : 1) : w;
+      }
   }
 
   __device__ __forceinline__ void copy_stage(const ExpertStack& stack, int k_block) {
     uint32 stage = smem + k_block % STAGES * STAGE_BYTES;
+    int k_begin = k_block * BLOCK_K;
 #pragma unroll
     for (int i = 0; i < A_COPIES; ++i) {
-      int copy = threadIdx.x + i * THREADS, chunk = copy % 4, k = k_block * BLOCK_K + chunk * 8;
-      if (copy < BLOCK_M * 4) {
+      int copy = threadIdx.x + i * THREADS, chunk = copy % K_CHUNKS, k = k_begin + chunk * 8;
+      if (copy < BLOCK_M * K_CHUNKS) {
         int bytes = a_valid[i] ? bytes_left(stack.inner - k) : 0;
-        copy_async_16(stage + swizzle_64(copy / 4, chunk), bytes ? a_source[i] + k : a_source[i], bytes);
+        copy_async_16(stage + swizzle<K_ROW_BYTES>(copy / K_CHUNKS, chunk), bytes ? a_source[i] + k : a_source[i], bytes);
       }
     }
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      uint32 tile = stage + A_BYTES + half * HALF_BYTES;
-      if (ORDER == INNER_MAJOR) {
-        int row = threadIdx.x / 4, chunk = threadIdx.x % 4, k = k_block * BLOCK_K + chunk * 8;
-        int bytes = w_left[half] ? bytes_left(stack.inner - k) : 0;
-        copy_async_16(tile + swizzle_64(row, chunk), bytes ? w_source[half] + k : w_source[half], bytes);
-      } else {
-        int k_row = threadIdx.x / 8, chunk = threadIdx.x % 8, k = k_block * BLOCK_K + k_row;
-        int bytes = k < stack.inner ? bytes_left(w_left[half]) : 0;
-        copy_async_16(tile + swizzle_128(k_row, chunk), bytes ? w_source[half] + k * stack.w_col_stride : w_source[half], bytes);
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int i = 0; i < W_COPIES; ++i) {
+        uint32 tile = stage + A_BYTES + half * HALF_BYTES;
+        int copy = threadIdx.x + i * THREADS;
+        const T* source = w_source[half][i];
+        if (ORDER == INNER_MAJOR) {
+          int row = copy / K_CHUNKS, chunk = copy % K_CHUNKS, k = k_begin + chunk * 8;
+          int bytes = w_left[half][i] > 0 ? bytes_left(stack.inner - k) : 0;
+          copy_async_16(tile + swizzle<K_ROW_BYTES>(row, chunk), bytes ? source + k : source, bytes);
+        } else {
+          int k_row = copy / N_CHUNKS, chunk = copy % N_CHUNKS, k = k_begin + k_row;
+          int bytes = k < stack.inner ? bytes_left(w_left[half][i]) : 0;
+          copy_async_16(tile + swizzle<N_ROW_BYTES>(k_row, chunk), bytes ? source + k * stack.w_col_stride : source, bytes);
+        }
       }
-    }
   }
 
   __device__ __forceinline__ void multiply_stage(int k_block, float (&acc)[M_TILES][2][N_TILES][4]) {
@@ -113,13 +141,13 @@ template <typename T, int BLOCK_M, WeightOrder ORDER> struct GroupedGemm {
       uint32 a[M_TILES][2][2];
 #pragma unroll
       for (int m = 0; m < M_TILES; ++m)
-        load_matrix_x4(a[m][0], a[m][1], stage + swizzle_64((warp_m * M_TILES + m) * 16 + lane % 16, step * 2 + lane / 16));
+        load_matrix_x4(a[m][0], a[m][1], stage + swizzle<K_ROW_BYTES>((warp_m * M_TILES + m) * 16 + lane % 16, step * 2 + lane / 16));
 #pragma unroll
       for (int n = 0; n < N_TILES; ++n) {
         uint32 b[2][2], tile = stage + A_BYTES + lane / 16 * HALF_BYTES;  // lanes 0-15 address the first half
         int column = (warp_n * N_TILES + n) * 8;
-        if (ORDER == INNER_MAJOR) load_matrix_x4(b[0], b[1], tile + swizzle_64(column + lane % 8, step * 2 + lane / 8 % 2));
-        else load_matrix_x4_transposed(b[0], b[1], tile + swizzle_128(step * 16 + lane % 16, column / 8));
+        if (ORDER == INNER_MAJOR) load_matrix_x4(b[0], b[1], tile + swizzle<K_ROW_BYTES>(column + lane % 8, step * 2 + lane / 8 % 2));
+        else load_matrix_x4_transposed(b[0], b[1], tile + swizzle<N_ROW_BYTES>(step * 16 + lane % 16, column / 8));
 #pragma unroll
         for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -128,60 +156,58 @@ template <typename T, int BLOCK_M, WeightOrder ORDER> struct GroupedGemm {
     }
   }
 
-  // One store where the address allows it: rows of odd width begin between two pairs.
-  template <typename C> __device__ __forceinline__ static void put_pair(C* c, C first, C second, int left) {
-    struct alignas(2 * sizeof(C)) Pair { C first, second; };
-    if (left >= 2 && reinterpret_cast<uint64>(c) % sizeof(Pair) == 0) {
-      *reinterpret_cast<Pair*>(c) = {first, second};
-      return;
-    }
-    c[0] = first;
-    if (left >= 2) c[1] = second;
-  }
-
-  __device__ __forceinline__ void store_pair(const ExpertStack& stack, int row, int feature, float first, float second) {
-    int left = features(stack) - feature;
-    if (left <= 0) return;
-    if (launch.c_is_float32) put_pair(result<float>(stack, row, feature), first, second, left);
-    else put_pair(result<T>(stack, row, feature), from_float<T>(first), from_float<T>(second), left);
-  }
-
+  // Results leave through shared memory, 16 rows of a warp at a time: the code that finishes them exists once and not
+  // once a register, and neighbouring lanes store neighbouring features.
   __device__ __forceinline__ void store_tile(const ExpertStack& stack, const Tile& tile, float (&acc)[M_TILES][2][N_TILES][4]) {
+    __syncthreads();  // every warp has left the stages, whose memory the slabs reuse
+    float* slab = reinterpret_cast<float*>(stages) + threadIdx.x / WARP * SLAB_FLOATS;  // (16, SLAB_PITCH) of this warp
 #pragma unroll
-    for (int m = 0; m < M_TILES; ++m)
+    for (int m = 0; m < M_TILES; ++m) {
 #pragma unroll
-      for (int r = 0; r < 4; r += 2) {  // acc[..][r], acc[..][r + 1]: neighbouring weight rows of one token row
-        int row = tile.row_begin + (warp_m * M_TILES + m) * 16 + lane / 4 + r * 4;
-        if (row >= tile.row_end) continue;
-        RowScales scales = row_scales(stack, row);
+      for (int half = 0; half < 2; ++half)
 #pragma unroll
-        for (int n = 0; n < N_TILES; ++n) {
-          int column = (warp_n * N_TILES + n) * 8 + lane % 4 * 2;
-          if (stack.pairing == PAIR_STACKED) {
-            int feature = tile.n_block * HALF + column;
-            float out[2];
+        for (int n = 0; n < N_TILES; ++n)
 #pragma unroll
-            for (int i = 0; i < 2; ++i)
-              out[i] = feature + i < features(stack)
-                  ? finish_pair(stack, tile.expert, feature + i, acc[m][0][n][r + i], acc[m][1][n][r + i], scales) : 0.0f;
-            store_pair(stack, row, feature, out[0], out[1]);
-            continue;
+          for (int r = 0; r < 2; ++r) {
+            float* at = slab + (lane / 4 + 8 * r) * SLAB_PITCH + half * WARP_N + n * 8 + lane % 4 * 2;
+            *reinterpret_cast<float2*>(at) = make_float2(acc[m][half][n][2 * r], acc[m][half][n][2 * r + 1]);
           }
+      __syncwarp();
+      store_slab(launch, stack, tile.expert, tile.row_end, tile.n_block, slab, tile.row_begin + (warp_m * M_TILES + m) * 16, warp_n * WARP_N);
+      __syncwarp();
+    }
+  }
+
+  // Finishes and stores 16 rows from `first_row` on; column 0 of both halves of the slab is weight row `first_column` of
+  // its half of the weight tile.
+  __device__ __noinline__ static void store_slab(const GemmLaunch& launch, const ExpertStack& stack, int expert, int row_end,
+                                                 int n_block, const float* slab, int first_row, int first_column) {
+    int lane = threadIdx.x % WARP, own_row = first_row + lane % 16;
+    RowScales own = own_row < row_end ? row_scales(stack, own_row) : RowScales{0.0f, 0.0f};
+    for (int i = lane; i < 16 * WARP_N; i += WARP) {
+      int r = i / WARP_N, column = i % WARP_N, row = first_row + r;
+      RowScales scales = {__shfl_sync(FULL_MASK, own.in, r), __shfl_sync(FULL_MASK, own.out, r)};
+      if (row >= row_end) continue;
+      const float* at = slab + r * SLAB_PITCH;
+      if (stack.pairing == PAIR_STACKED) {
+        int feature = Halves::begin(stack, n_block, 0) + first_column + column;
+        if (feature < features(stack))
+          store<T>(launch, stack, row, feature, finish_pair(stack, expert, feature, at[column], at[WARP_N + column], scales));
+      } else if (stack.pairing == PAIR_INTERLEAVED) {  // a pair a lane: WARP_N / 2 pairs in each half
+        int half = column / (WARP_N / 2), pair = column % (WARP_N / 2);
+        int feature = (Halves::begin(stack, n_block, half) + first_column) / 2 + pair;
+        const float* gate_up = at + half * WARP_N + 2 * pair;
+        if (feature < features(stack))
+          store<T>(launch, stack, row, feature, finish_pair(stack, expert, feature, gate_up[0], gate_up[1], scales));
+      } else {
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            int weight_row = (2 * tile.n_block + half) * HALF + column;
-            if (weight_row >= stack.weight_rows) continue;
-            float first = acc[m][half][n][r], second = acc[m][half][n][r + 1];
-            if (stack.pairing == PAIR_INTERLEAVED) {
-              store<T>(launch, stack, row, weight_row / 2, finish_pair(stack, tile.expert, weight_row / 2, first, second, scales));
-            } else {
-              first = finish(stack, tile.expert, weight_row, first, scales);
-              if (weight_row + 1 < stack.weight_rows) second = finish(stack, tile.expert, weight_row + 1, second, scales);
-              store_pair(stack, row, weight_row, first, second);
-            }
-          }
+        for (int half = 0; half < 2; ++half) {
+          int feature = Halves::begin(stack, n_block, half) + first_column + column;
+          if (feature < features(stack))
+            store<T>(launch, stack, row, feature, finish(stack, expert, feature, at[half * WARP_N + column], scales));
         }
       }
+    }
   }
 
   __device__ __forceinline__ void compute(const Tile& tile) {
@@ -210,17 +236,17 @@ template <typename T, int BLOCK_M, WeightOrder ORDER>
 __device__ __forceinline__ void grouped_gemm(const GemmLaunch& launch) {
   extern __shared__ __align__(128) unsigned char dynamic_smem[];  // stages, then the tile offsets
   using Gemm = GroupedGemm<T, BLOCK_M, ORDER>;
-  Scheduler<BLOCK_M, HALF, THREADS> scheduler(launch, reinterpret_cast<int64*>(dynamic_smem + STAGES * Gemm::STAGE_BYTES));
-  Gemm gemm(launch, shared_address(dynamic_smem));
+  int64* tile_offsets = reinterpret_cast<int64*>(dynamic_smem + Gemm::STAGES * Gemm::STAGE_BYTES);
+  Scheduler<BLOCK_M, Gemm::HALF, THREADS> scheduler(launch, tile_offsets);
+  Gemm gemm(launch, dynamic_smem);
   for (int64 tile_idx = blockIdx.x; tile_idx < scheduler.num_tiles(); tile_idx += gridDim.x) gemm.compute(scheduler.tile(tile_idx));
 }
 
 }  // namespace mma
 
-#define GROUPED_GEMM_MMA(NAME, T, BLOCK_M, ORDER)                                                                    \
-  extern "C" __global__ void __launch_bounds__(mma::THREADS, 2) NAME(const __grid_constant__ GemmLaunch launch) {       \
-    mma::grouped_gemm<T, BLOCK_M, ORDER>(launch);                                                                    \
-  }
+#define GROUPED_GEMM_MMA(NAME, T, BLOCK_M, ORDER)                                              \
+  extern "C" __global__ void __launch_bounds__(mma::THREADS, mma::TileShape<BLOCK_M>::BLOCKS_PER_SM) \
+      NAME(const __grid_constant__ GemmLaunch launch) { mma::grouped_gemm<T, BLOCK_M, ORDER>(launch); }
 
 #define GROUPED_GEMM_MMA_ALL(NAME, T)                               \
   GROUPED_GEMM_MMA(NAME##_16_inner_major, T, 16, INNER_MAJOR)       \

@@ -89,16 +89,21 @@ def test_every_kernel_has_a_unit_and_every_unit_kernels():
         assert prefix in sources.unit_source(unit)
 
 
-def configs():
-    """Return every tile there is."""
-    return [config.TileConfig(engine, block_m) for engine, rows in config.BLOCK_M.items() for block_m in rows]
+def test_tiles_are_those_of_the_kernels():
+    """The tensor-core shapes and the numbers of the float32 kernel, read from the sources."""
+    shapes = re.findall(r"struct TileShape<(\d+)> {[^=]*HALF = (\d+), BLOCK_K = (\d+), STAGES = (\d+), BLOCKS_PER_SM = (\d+)",
+                        CUDA["grouped_gemm_mma.cuh"])  # fmt: skip
+    simt = re.search(r"BLOCK_M = (\d+), HALF = (\d+), .*BLOCK_K = (\d+), THREADS = (\d+)", CUDA["grouped_gemm_simt.cu"])
+    assert [tuple(map(int, shape)) for shape in shapes] == [tuple(c[1:]) for c in config.CONFIGS if c.engine == "mma"]
+    assert [tuple(c[1:4]) for c in config.CONFIGS if c.engine == "simt"] == [tuple(map(int, simt.groups()[:3]))]
+    assert int(simt[4]) == config.THREADS
+    assert f"THREADS = {config.THREADS}," in CUDA["grouped_gemm_mma.cuh"]
 
 
-@pytest.mark.parametrize("tile", configs(), ids=str)
+@pytest.mark.parametrize("tile", config.CONFIGS, ids=str)
 def test_shared_memory_suffices_everywhere(tile):
     """Also with as many groups as a launch can have: all routed experts and a shared expert in every other stack."""
     assert tile.shared_bytes(GPU_MAX_EXPERTS + stacks.MAX_STACKS) <= SMALLEST_SHARED_BYTES
-    assert (tile.engine, tile.block_m) in config.BLOCKS_PER_SM
 
 
 STACKS = st.lists(
@@ -108,30 +113,31 @@ STACKS = st.lists(
 )
 
 
-@given(STACKS, st.sampled_from(configs()), st.integers(0, 300))
+@given(STACKS, st.sampled_from(config.CONFIGS), st.integers(0, 300))
 def test_max_tiles_bounds_the_tiles_of_any_routing(drawn, tile, without_expert):
     """A random number of rows for every expert, and rows that no expert has."""
     sizes, tiles = [], 0
     for rows_of, width, paired in drawn:
         weight_rows = 2 * width if paired else width
         sizes.append(config.StackSizes(len(rows_of), sum(rows_of) + without_expert, weight_rows, paired))
-        per_block = config.HALF[tile.engine] * (1 if paired else 2)
+        per_block = tile.half * (1 if paired else 2)
         n_blocks = -(-width // per_block)
         tiles += sum(-(-rows // tile.block_m) for rows in rows_of) * n_blocks
     assert tiles <= config.max_tiles(tile, tuple(sizes))
     grid = config.grid_size(tile, tuple(sizes), 132)
-    assert 0 <= grid <= 132 * config.BLOCKS_PER_SM[tile.engine, tile.block_m]
+    assert 0 <= grid <= 132 * tile.blocks_per_sm
     assert grid > 0 or tiles == 0
 
 
-@given(st.sampled_from(sorted(config.BLOCK_M)), st.integers(1, 64), st.integers(0, 10_000))
+@given(st.sampled_from(["mma", "simt"]), st.integers(1, 64), st.integers(0, 10_000))
 def test_the_chosen_tile_holds_the_mean_expert_or_is_the_largest(engine, num_experts, num_rows):
     """And no smaller tile would hold it."""
     tile = config.select_config(engine, (config.StackSizes(num_experts, num_rows, 64, False),))
     mean = -(-num_rows // num_experts)
-    assert tile.block_m in config.BLOCK_M[engine]
-    assert tile.block_m >= mean or tile.block_m == max(config.BLOCK_M[engine])
-    assert not any(mean <= smaller < tile.block_m for smaller in config.BLOCK_M[engine])
+    heights = [other.block_m for other in config.CONFIGS if other.engine == engine]
+    assert tile in config.CONFIGS
+    assert tile.block_m >= mean or tile.block_m == max(heights)
+    assert not any(mean <= smaller < tile.block_m for smaller in heights)
 
 
 def test_every_package_and_the_kernels_are_installed():

@@ -23,7 +23,6 @@ def ones(*shape, dtype=np.float32):
 
 
 def experts(asarray, num_experts=6, dtype=np.float32):
-    """Return experts of hidden size 5 and intermediate size 4."""
     return cumoe.Experts(asarray(ones(num_experts, 8, 5, dtype=dtype)), asarray(ones(num_experts, 5, 4, dtype=dtype)))
 
 
@@ -47,20 +46,19 @@ def workspace_bytes(num_tokens, **layer):
     return cumoe.MoE(**layer).workspace_bytes(num_tokens)
 
 
-TWO = cumoe.Router(2)
 VALID = {
     cumoe.Activation: {},
     cumoe.Router: {"top_k": 2},
     cumoe.Experts: {"w_gate_up": ones(6, 8, 5), "w_down": ones(6, 5, 4)},
     cumoe.SharedExperts: {"w_gate_up": ones(8, 5), "w_down": ones(5, 4)},
-    cumoe.route: {"router_logits": ones(3, 6), "router": TWO},
+    cumoe.route: {"router_logits": ones(3, 6), "router": cumoe.Router(2)},
     cumoe.group: {"topk_ids": ones(3, 2, dtype=I32), "num_experts": 6},
     cumoe.grouped_gemm: {"x": ones(6, 5), "w": ones(6, 4, 5), "groups": groups},
     cumoe.combine: {"rows": ones(6, 5), "groups": groups},
     cumoe.moe: {"x": ones(3, 5), "routing": routing, "experts": experts},
-    cumoe.MoE: {"router": TWO, "experts": experts},
-    call_layer: {"x": ones(3, 5), "router": TWO, "experts": experts, "router_weight": ones(6, 5)},
-    workspace_bytes: {"num_tokens": 3, "router": TWO, "experts": experts},
+    cumoe.MoE: {"router": cumoe.Router(2), "experts": experts},
+    call_layer: {"x": ones(3, 5), "router": cumoe.Router(2), "experts": experts, "router_weight": ones(6, 5)},
+    workspace_bytes: {"num_tokens": 3, "router": cumoe.Router(2), "experts": experts},
     cumoe.show_config: {"mode": "dicts"},
 }
 """Arguments that are accepted. A NumPy array is moved to the backend; a function is called with its `asarray`."""
@@ -98,7 +96,6 @@ def arrays(name, shape, dtypes, axes):
 
 
 def other_groups(field, array, exception, expected, got):
-    """Return a row for Groups of which one array does not fit."""
     return ({"groups": lambda a: groups(a)._replace(**{field: array(a)})}, exception, field, expected, got)
 
 
@@ -187,14 +184,14 @@ ROWS = {
     cumoe.SharedExperts: [
         *arrays("w_gate_up", (8, 5), FLOATS, "")[:-1],
         ({"w_gate_up": ones(5)}, VALUE, "w_gate_up", "2 dimensions (2 * intermediate_size, hidden_size) or 3", "(5,)"),
-        *arrays("w_down", (5, 4), "dtype float32, like w_gate_up", "like w_gate_up"),
-        *arrays("b_gate_up", (8,), FACTORS, "like w_gate_up"), *arrays("b_down", (5,), FACTORS, "like w_gate_up"),
+        *arrays("w_down", (5, 4), "dtype float32, like w_gate_up", "2 dimensions (hidden_size, intermediate_size)"),
+        *arrays("b_gate_up", (8,), FACTORS, "_size=8)"), *arrays("b_down", (5,), FACTORS, "(hidden_size=5)"),
         *arrays("gate", (4,), "dtype float32, like w_gate_up", "hidden_size=5"),
         ({"w_down": None}, TYPE, "w_down", ARRAY, "NoneType"),
-        ({"w_gate_up": ones(7, 5)}, VALUE, "w_gate_up", "an even number of rows", " (7, 5)"),
-        ({"w_down": ones(5, 3)}, VALUE, "w_down", "hidden_size=5, intermediate_size=4", " (5, 3)"),
-        ({"b_gate_up": ones(4)}, VALUE, "b_gate_up", "2 * intermediate_size=8", " (4,)"),
-        ({"gate": ones(4)}, VALUE, "gate", "hidden_size=5", " (4,)"),
+        ({"w_gate_up": ones(7, 5)}, VALUE, "w_gate_up", "an even number of rows", "(7, 5)"),
+        ({"w_down": ones(5, 3)}, VALUE, "w_down", "hidden_size=5, intermediate_size=4", "(5, 3)"),
+        ({"b_gate_up": ones(4)}, VALUE, "b_gate_up", "2 * intermediate_size=8", "(4,)"),
+        ({"gate": ones(4)}, VALUE, "gate", "hidden_size=5", "(4,)"),
         ({"w_gate_up": ones(2, 8, 5), "w_down": ones(2, 5, 4), "gate": ones(5)}, VALUE, "gate", "shared=2", "(5,)"),
         ({"w_gate_up": ones(0, 8, 5), "w_down": ones(0, 5, 4)}, VALUE, "num_shared of w_gate_up", "at least 1", "0"),
         ({"activation": 3}, TYPE, "activation", "a word or a cumoe.Activation", "int"),
@@ -323,6 +320,8 @@ CPU_ROWS = [
     (cumoe.moe, {"experts": lambda a: experts(Foreign)}, TYPE, "x", "a foreign array on cpu", "a numpy array on cpu"),
     (cumoe.moe, {"routing": lambda a: routing(Foreign)}, TYPE, "topk_ids", "a numpy array", "a foreign array on cpu"),
     (cumoe.Experts, {"w_down": Foreign(ones(6, 5, 4))}, TYPE, "w_down", "a numpy array", "a foreign array on cpu"),
+    (cumoe.MoE, {"router_weight": Foreign(ones(6, 5))}, TYPE, "router_weight", "a numpy array", "a foreign array"),
+    (cumoe.combine, {"groups": lambda a: groups(Foreign)}, TYPE, "permutation", "a numpy array", "a foreign array"),
     (cumoe.route, {"router": lambda a: cumoe.Router(2, selection_bias=Foreign(ones(6)))}, TYPE, "selection_bias",
      "a numpy array on cpu, like router_logits", "a foreign array on cpu"),
     (cumoe.moe, {"x": Foreign(ones(3, 5), (10, 0))}, TYPE, "x", "on the CPU or on a CUDA device", "device type 10"),
@@ -344,12 +343,12 @@ GPU_ROWS = [
 
 
 def arguments(backend, function, changes):
-
     def build(value):
-        return backend.asarray(value) if isinstance(value, np.ndarray) else value(backend.asarray)
+        if isinstance(value, np.ndarray):
+            return backend.asarray(value)
+        return value(backend.asarray) if isinstance(value, FunctionType) else value
 
-    wanted = (VALID[function] | changes).items()
-    return {name: build(v) if isinstance(v, (np.ndarray, FunctionType)) else v for name, v in wanted}
+    return {name: build(value) for name, value in (VALID[function] | changes).items()}
 
 
 def assert_refused(backend, function, changes, exception, name, expected, got):

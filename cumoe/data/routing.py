@@ -140,9 +140,10 @@ class Router:
                 vectors.append((name, vector.shape[0], kind))
         for name, length, kind in vectors:
             self.check_experts(length, name)
-            if (length, kind) != vectors[0][1:]:
-                first = f"{vectors[0][2]} of length {vectors[0][1]}, like {vectors[0][0]}"
-                raise ValueError(refuse(name, first, f"{kind} of length {length}"))
+            first, first_length, first_kind = vectors[0]
+            check_kind(name, kind, first_kind, first)
+            if length != first_length:
+                raise ValueError(refuse(name, f"length {first_length}, like {first}", f"length {length}"))
         object.__setattr__(self, "_kind", vectors[0][2] if vectors else None)
 
     @property

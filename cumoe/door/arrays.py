@@ -66,7 +66,8 @@ def admit(name: str, array: Any) -> tuple[Any, Kind]:
     Raises
     ------
     TypeError
-        If `array` is nothing of the kind, or lives on a device that is neither.
+        If `array` is nothing of the kind, lives on a device that is neither, or its library does not hand it over: a
+        dtype that NumPy lacks, a tensor that requires a gradient.
     """
     if isinstance(array, np.ndarray):
         if isinstance(array, (np.matrix, np.ma.MaskedArray)):
@@ -78,10 +79,13 @@ def admit(name: str, array: Any) -> tuple[Any, Kind]:
         raise TypeError(refuse(name, EXPECTED_ARRAY, type(array).__name__))
     device_type, device_id = (int(part) for part in array.__dlpack_device__())
     library = _library_of(name, array)
-    if device_type in _DLPACK_CPU:
-        return to_numpy(array), Kind(library, "cpu")
-    if device_type in _DLPACK_CUDA and cupy is not None:
-        return cupy.from_dlpack(array), Kind(library, f"cuda:{device_id}")
+    try:
+        if device_type in _DLPACK_CPU:
+            return to_numpy(array), Kind(library, "cpu")
+        if device_type in _DLPACK_CUDA and cupy is not None:
+            return cupy.from_dlpack(array), Kind(library, f"cuda:{device_id}")
+    except (TypeError, BufferError) as error:  # a dtype that NumPy lacks; a tensor that requires a gradient
+        raise TypeError(refuse(name, "an array that DLPack can hand over", f"{library}: {error}")) from error
     raise TypeError(refuse(name, "an array on the CPU or on a CUDA device", f"DLPack device type {device_type}"))
 
 
