@@ -31,7 +31,7 @@ def compile_unit(unit: str, architecture: str) -> tuple[str, float]:
     except nvrtc.NVRTCError:
         return "error: " + nvrtc.getProgramLog(program), time.perf_counter() - begin
     finally:
-        log = nvrtc.getProgramLog(program)
+        log = nvrtc.getProgramLog(program).rstrip("\0")
         nvrtc.destroyProgram(program)
     return log, time.perf_counter() - begin
 

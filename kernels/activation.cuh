@@ -23,25 +23,53 @@ __device__ __forceinline__ float at_least(float value, float limit) { return val
 
 __device__ __forceinline__ float sigmoid(float value) { return 1.0f / (1.0f + expf(-value)); }
 
-__device__ __forceinline__ float phi(int name, float alpha, float g) {
+// All functions take N values at a time: the branches on the activation are taken once, and the N chains of exponentials
+// and divisions overlap.
+template <int N> __device__ __forceinline__ void phi(int name, float alpha, float (&g)[N]) {
   switch (name) {
-    case SILU: return g / (1.0f + expf(-alpha * g));
-    // erfc keeps the relative accuracy of the negative tail, where 1 + erf cancels.
-    case GELU: return 0.5f * g * erfcf(-0.70710678118654752f * g);
-    case GELU_TANH: return 0.5f * g * (1.0f + tanhf(0.79788456080286536f * (g + 0.044715f * g * g * g)));
-    case RELU: return at_least(g, 0.0f);
-    case RELU2: { float r = at_least(g, 0.0f); return r * r; }
-    default: return g;
+    case SILU:
+#pragma unroll
+      for (int i = 0; i < N; ++i) g[i] = g[i] / (1.0f + expf(-alpha * g[i]));
+      break;
+    case GELU:  // erfc keeps the relative accuracy of the negative tail, where 1 + erf cancels
+#pragma unroll
+      for (int i = 0; i < N; ++i) g[i] = 0.5f * g[i] * erfcf(-0.70710678118654752f * g[i]);
+      break;
+    case GELU_TANH:
+#pragma unroll
+      for (int i = 0; i < N; ++i)
+        g[i] = 0.5f * g[i] * (1.0f + tanhf(0.79788456080286536f * (g[i] + 0.044715f * g[i] * g[i] * g[i])));
+      break;
+    case RELU:
+#pragma unroll
+      for (int i = 0; i < N; ++i) g[i] = at_least(g[i], 0.0f);
+      break;
+    case RELU2:
+#pragma unroll
+      for (int i = 0; i < N; ++i) g[i] = at_least(g[i], 0.0f) * at_least(g[i], 0.0f);
+      break;
   }
 }
 
-__device__ __forceinline__ float activate(const Activation& act, float gate) {
-  if (act.clamp == CLAMP_BEFORE) gate = at_most(gate, act.limit);
-  float h = phi(act.name, act.alpha, gate);
-  return act.clamp == CLAMP_AFTER ? at_most(h, act.limit) : h;
+// gate <- phi(gate), clamped
+template <int N> __device__ __forceinline__ void activate(const Activation& act, float (&gate)[N]) {
+  if (act.clamp == CLAMP_BEFORE) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) gate[i] = at_most(gate[i], act.limit);
+  }
+  phi(act.name, act.alpha, gate);
+  if (act.clamp == CLAMP_AFTER) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) gate[i] = at_most(gate[i], act.limit);
+  }
 }
 
-__device__ __forceinline__ float activate_gated(const Activation& act, float gate, float up) {
-  if (act.clamp != CLAMP_NONE) up = at_least(at_most(up, act.limit), -act.limit);
-  return activate(act, gate) * (up + act.up_offset);
+// gate <- phi(gate) * (up + up_offset), clamped
+template <int N> __device__ __forceinline__ void activate_gated(const Activation& act, float (&gate)[N], float (&up)[N]) {
+  activate(act, gate);
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    float u = act.clamp == CLAMP_NONE ? up[i] : at_least(at_most(up[i], act.limit), -act.limit);
+    gate[i] *= u + act.up_offset;
+  }
 }

@@ -13,21 +13,28 @@ __device__ __forceinline__ RowScales row_scales(const ExpertStack& stack, int ro
   return {stack.scale_in ? stack.scale_in[slot] : 1.0f, stack.scale_out ? stack.scale_out[slot] : 1.0f};
 }
 
-__device__ __forceinline__ float with_bias(const ExpertStack& stack, int expert, int weight_row, float acc, float scale_in) {
-  float value = scale_in * acc;
-  return stack.bias ? value + stack.bias[(int64)expert * stack.weight_rows + weight_row] : value;
+__device__ __forceinline__ float bias_of(const ExpertStack& stack, int expert, int weight_row) {
+  return stack.bias ? stack.bias[(int64)expert * stack.weight_rows + weight_row] : 0.0f;
 }
 
-__device__ __forceinline__ float finish(const ExpertStack& stack, int expert, int feature, float acc, RowScales scales) {
-  return scales.out * activate(stack.activation, with_bias(stack, expert, feature, acc, scales.in));
-}
-
-__device__ __forceinline__ float finish_pair(const ExpertStack& stack, int expert, int feature, float gate, float up,
-                                             RowScales scales) {
-  bool stacked = stack.pairing == PAIR_STACKED;
-  gate = with_bias(stack, expert, stacked ? feature : 2 * feature, gate, scales.in);
-  up = with_bias(stack, expert, stacked ? feature + stack.weight_rows / 2 : 2 * feature + 1, up, scales.in);
-  return scales.out * activate_gated(stack.activation, gate, up);
+// Finishes N results of one feature: acc (and up, the second accumulator of a pair) in, results in acc.
+template <int N>
+__device__ __forceinline__ void finish(const ExpertStack& stack, int expert, int feature, float (&acc)[N], float (&up)[N],
+                                       const RowScales (&scales)[N]) {
+  bool interleaved = stack.pairing == PAIR_INTERLEAVED;
+  float bias = bias_of(stack, expert, interleaved ? 2 * feature : feature);
+#pragma unroll
+  for (int i = 0; i < N; ++i) acc[i] = scales[i].in * acc[i] + bias;
+  if (stack.pairing == PAIR_NONE) {
+    activate(stack.activation, acc);
+  } else {
+    float up_bias = bias_of(stack, expert, interleaved ? 2 * feature + 1 : feature + stack.weight_rows / 2);
+#pragma unroll
+    for (int i = 0; i < N; ++i) up[i] = scales[i].in * up[i] + up_bias;
+    activate_gated(stack.activation, acc, up);
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) acc[i] *= scales[i].out;
 }
 
 template <typename C> __device__ __forceinline__ C* result(const ExpertStack& stack, int row, int feature) {

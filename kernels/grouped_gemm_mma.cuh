@@ -134,25 +134,45 @@ template <typename T, int BLOCK_M, WeightOrder ORDER> struct GroupedGemm {
       }
   }
 
+  // One step of 16 along the inner dimension: all fragments of a warp.
+  struct Fragments {
+    uint32 a[M_TILES][2][2];
+    uint32 b[N_TILES][2][2];  // (tiles, halves, registers)
+  };
+
+  __device__ __forceinline__ void load_fragments(uint32 stage, int step, Fragments& fragments) {
+#pragma unroll
+    for (int m = 0; m < M_TILES; ++m) {
+      int row = (warp_m * M_TILES + m) * 16 + lane % 16;
+      load_matrix_x4(fragments.a[m][0], fragments.a[m][1], stage + swizzle<K_ROW_BYTES>(row, step * 2 + lane / 16));
+    }
+    uint32 tile = stage + A_BYTES + lane / 16 * HALF_BYTES;  // lanes 0-15 address the first half, 16-31 the second
+#pragma unroll
+    for (int n = 0; n < N_TILES; ++n) {
+      int column = (warp_n * N_TILES + n) * 8;
+      uint32(&b)[2][2] = fragments.b[n];
+      if (ORDER == INNER_MAJOR)
+        load_matrix_x4(b[0], b[1], tile + swizzle<K_ROW_BYTES>(column + lane % 8, step * 2 + lane / 8 % 2));
+      else
+        load_matrix_x4_transposed(b[0], b[1], tile + swizzle<N_ROW_BYTES>(step * 16 + lane % 16, column / 8));
+    }
+  }
+
+  // The fragments of the next step are on their way while this one is multiplied.
   __device__ __forceinline__ void multiply_stage(int k_block, float (&acc)[M_TILES][2][N_TILES][4]) {
     uint32 stage = smem + k_block % STAGES * STAGE_BYTES;
+    Fragments fragments[2];
+    load_fragments(stage, 0, fragments[0]);
 #pragma unroll
     for (int step = 0; step < BLOCK_K / 16; ++step) {
-      uint32 a[M_TILES][2][2];
+      if (step + 1 < BLOCK_K / 16) load_fragments(stage, step + 1, fragments[(step + 1) % 2]);
+      const Fragments& now = fragments[step % 2];
 #pragma unroll
-      for (int m = 0; m < M_TILES; ++m)
-        load_matrix_x4(a[m][0], a[m][1], stage + swizzle<K_ROW_BYTES>((warp_m * M_TILES + m) * 16 + lane % 16, step * 2 + lane / 16));
-#pragma unroll
-      for (int n = 0; n < N_TILES; ++n) {
-        uint32 b[2][2], tile = stage + A_BYTES + lane / 16 * HALF_BYTES;  // lanes 0-15 address the first half
-        int column = (warp_n * N_TILES + n) * 8;
-        if (ORDER == INNER_MAJOR) load_matrix_x4(b[0], b[1], tile + swizzle<K_ROW_BYTES>(column + lane % 8, step * 2 + lane / 8 % 2));
-        else load_matrix_x4_transposed(b[0], b[1], tile + swizzle<N_ROW_BYTES>(step * 16 + lane % 16, column / 8));
+      for (int n = 0; n < N_TILES; ++n)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
 #pragma unroll
-          for (int m = 0; m < M_TILES; ++m) mma_16816(T(), acc[m][half][n], a[m], b[half]);
-      }
+          for (int m = 0; m < M_TILES; ++m) mma_16816(T(), acc[m][half][n], now.a[m], now.b[n][half]);
     }
   }
 
@@ -179,32 +199,44 @@ template <typename T, int BLOCK_M, WeightOrder ORDER> struct GroupedGemm {
   }
 
   // Finishes and stores 16 rows from `first_row` on; column 0 of both halves of the slab is weight row `first_column` of
-  // its half of the weight tile.
+  // its half of the weight tile. A lane keeps its column and goes down the rows, FEW at a time.
   __device__ __noinline__ static void store_slab(const GemmLaunch& launch, const ExpertStack& stack, int expert, int row_end,
-                                                 int n_block, const float* slab, int first_row, int first_column) {
-    int lane = threadIdx.x % WARP, own_row = first_row + lane % 16;
-    RowScales own = own_row < row_end ? row_scales(stack, own_row) : RowScales{0.0f, 0.0f};
-    for (int i = lane; i < 16 * WARP_N; i += WARP) {
-      int r = i / WARP_N, column = i % WARP_N, row = first_row + r;
-      RowScales scales = {__shfl_sync(FULL_MASK, own.in, r), __shfl_sync(FULL_MASK, own.out, r)};
-      if (row >= row_end) continue;
-      const float* at = slab + r * SLAB_PITCH;
-      if (stack.pairing == PAIR_STACKED) {
-        int feature = Halves::begin(stack, n_block, 0) + first_column + column;
-        if (feature < features(stack))
-          store<T>(launch, stack, row, feature, finish_pair(stack, expert, feature, at[column], at[WARP_N + column], scales));
-      } else if (stack.pairing == PAIR_INTERLEAVED) {  // a pair a lane: WARP_N / 2 pairs in each half
-        int half = column / (WARP_N / 2), pair = column % (WARP_N / 2);
-        int feature = (Halves::begin(stack, n_block, half) + first_column) / 2 + pair;
-        const float* gate_up = at + half * WARP_N + 2 * pair;
-        if (feature < features(stack))
-          store<T>(launch, stack, row, feature, finish_pair(stack, expert, feature, gate_up[0], gate_up[1], scales));
+                                                 int n_block, float* slab, int first_row, int first_column) {
+    constexpr int ROW_STEP = WARP / WARP_N, FEW = 4;  // rows between two of a lane; results a lane has in flight
+    static_assert(16 / ROW_STEP % FEW == 0, "the rows of a lane are a multiple of FEW");
+    int lane = threadIdx.x % WARP, column = lane % WARP_N;
+    if (lane < 16) {  // the scales of a row travel in its pad
+      RowScales own = first_row + lane < row_end ? row_scales(stack, first_row + lane) : RowScales{0.0f, 0.0f};
+      slab[lane * SLAB_PITCH + 2 * WARP_N] = own.in;
+      slab[lane * SLAB_PITCH + 2 * WARP_N + 1] = own.out;
+    }
+    __syncwarp();
+    int outputs = stack.pairing == PAIR_NONE ? 2 : 1;
+    for (int output = 0; output < outputs; ++output) {
+      int half = output, first = column, feature;  // where this lane's accumulator, and that of its up row, stand
+      if (stack.pairing == PAIR_INTERLEAVED) {     // a pair a lane, WARP_N / 2 pairs in each half
+        half = column / (WARP_N / 2), first = column % (WARP_N / 2) * 2;
+        feature = (Halves::begin(stack, n_block, half) + first_column + first) / 2;
       } else {
+        feature = Halves::begin(stack, n_block, half) + first_column + first;
+      }
+      first += half * WARP_N;
+      int second = stack.pairing == PAIR_STACKED ? first + WARP_N : first + 1;
+      if (feature >= features(stack)) continue;
+      for (int r = lane / WARP_N; r < 16; r += ROW_STEP * FEW) {
+        float acc[FEW], up[FEW];
+        RowScales scales[FEW];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          int feature = Halves::begin(stack, n_block, half) + first_column + column;
-          if (feature < features(stack))
-            store<T>(launch, stack, row, feature, finish(stack, expert, feature, at[half * WARP_N + column], scales));
+        for (int i = 0; i < FEW; ++i) {
+          const float* at = slab + (r + i * ROW_STEP) * SLAB_PITCH;
+          acc[i] = at[first], up[i] = at[second];
+          scales[i] = {at[2 * WARP_N], at[2 * WARP_N + 1]};
+        }
+        finish(stack, expert, feature, acc, up, scales);
+#pragma unroll
+        for (int i = 0; i < FEW; ++i) {
+          int row = first_row + r + i * ROW_STEP;
+          if (row < row_end) store<T>(launch, stack, row, feature, acc[i]);
         }
       }
     }

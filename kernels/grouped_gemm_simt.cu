@@ -28,9 +28,11 @@ struct Shared {
 
 // One copy of the epilogue for the sixteen results of a thread: a call costs less than their inlined code.
 __device__ __noinline__ float finish_one(const ExpertStack& stack, int expert, int feature, float first, float second,
-                                         RowScales scales) {
-  return stack.pairing == PAIR_NONE ? finish(stack, expert, feature, first, scales)
-                                    : finish_pair(stack, expert, feature, first, second, scales);
+                                         float scale_in, float scale_out) {
+  float acc[1] = {first}, up[1] = {second};
+  RowScales scales[1] = {{scale_in, scale_out}};
+  finish(stack, expert, feature, acc, up, scales);
+  return acc[0];
 }
 
 template <typename A, typename W> struct GroupedGemm {
@@ -118,7 +120,7 @@ template <typename A, typename W> struct GroupedGemm {
       for (int c = 0; c < 2; ++c) {
         int feature = tile.n_block * HALF + column + c;
         if (feature < features(stack))
-          store<A>(launch, stack, row, feature, finish_one(stack, tile.expert, feature, acc[0][c], acc[1][c], scales));
+          store<A>(launch, stack, row, feature, finish_one(stack, tile.expert, feature, acc[0][c], acc[1][c], scales.in, scales.out));
       }
       return;
     }
@@ -128,13 +130,13 @@ template <typename A, typename W> struct GroupedGemm {
       if (stack.pairing == PAIR_INTERLEAVED) {
         if (weight_row < stack.weight_rows)
           store<A>(launch, stack, row, weight_row / 2,
-                   finish_one(stack, tile.expert, weight_row / 2, acc[half][0], acc[half][1], scales));
+                   finish_one(stack, tile.expert, weight_row / 2, acc[half][0], acc[half][1], scales.in, scales.out));
         continue;
       }
 #pragma unroll
       for (int c = 0; c < 2; ++c)
         if (weight_row + c < stack.weight_rows)
-          store<A>(launch, stack, row, weight_row + c, finish_one(stack, tile.expert, weight_row + c, acc[half][c], 0.0f, scales));
+          store<A>(launch, stack, row, weight_row + c, finish_one(stack, tile.expert, weight_row + c, acc[half][c], 0.0f, scales.in, scales.out));
     }
   }
 };

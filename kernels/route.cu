@@ -201,7 +201,7 @@ template <typename T> __device__ __forceinline__ void route(const RouterLaunch& 
 }  // namespace route
 
 #define ROUTE(NAME, T)                                                                       \
-  extern "C" __global__ void __launch_bounds__(WARP * route::WARPS)                          \
+  extern "C" __global__ void __launch_bounds__(WARP * route::WARPS, 8)                       \
       NAME(const __grid_constant__ route::RouterLaunch launch) { route::route<T>(launch); }
 
 ROUTE(route_float32, float)

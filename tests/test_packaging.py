@@ -91,8 +91,8 @@ def test_every_kernel_has_a_unit_and_every_unit_kernels():
 
 def test_tiles_are_those_of_the_kernels():
     """The tensor-core shapes and the numbers of the float32 kernel, read from the sources."""
-    shapes = re.findall(r"struct TileShape<(\d+)> {[^=]*HALF = (\d+), BLOCK_K = (\d+), STAGES = (\d+), BLOCKS_PER_SM = (\d+)",
-                        CUDA["grouped_gemm_mma.cuh"])  # fmt: skip
+    fields = r"HALF = (\d+), BLOCK_K = (\d+), STAGES = (\d+), BLOCKS_PER_SM = (\d+)"
+    shapes = re.findall(rf"struct TileShape<(\d+)> {{[^=]*{fields}", CUDA["grouped_gemm_mma.cuh"])
     simt = re.search(r"BLOCK_M = (\d+), HALF = (\d+), .*BLOCK_K = (\d+), THREADS = (\d+)", CUDA["grouped_gemm_simt.cu"])
     assert [tuple(map(int, shape)) for shape in shapes] == [tuple(c[1:]) for c in config.CONFIGS if c.engine == "mma"]
     assert [tuple(c[1:4]) for c in config.CONFIGS if c.engine == "simt"] == [tuple(map(int, simt.groups()[:3]))]

@@ -291,3 +291,13 @@ def test_sigmoid_by_logits(backend):
     ids, weights = run(backend, logits, cumoe.Router(2, "sigmoid", "logits"))
     assert (ids == [[2, 3], [2, 1]]).all()
     assert_weights(weights, 1 / (1 + np.exp([[-2.0, -1], [1, 2]])))
+
+
+def test_numbers_may_be_numpy_scalars(backend):
+    """Counts and scales read from an array serve as Python numbers do."""
+    logits = np.random.default_rng(0).standard_normal((5, 8), np.float32)
+    router = cumoe.Router(
+        np.int64(2), num_groups=np.int32(4), top_groups=np.int16(2), renormalize=np.bool_(True),
+        renormalize_eps=np.float32(0.5), scale=np.float64(2.5), logit_softcap=np.float32(3),
+    )  # fmt: skip
+    assert_routing(logits, router, *run(backend, logits, router))

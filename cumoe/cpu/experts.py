@@ -19,11 +19,12 @@ def expert_rows(groups: Groups) -> Iterator[tuple[int, slice, np.ndarray]]:
 
 def project(a: np.ndarray, w: np.ndarray, bias: np.ndarray | None, scale_in: np.ndarray | None) -> np.ndarray:
     """Return ``scale_in * (a @ w^T) + bias`` in float32."""
-    out = a @ w.astype(np.float32, copy=False).T
-    if scale_in is not None:
-        out *= scale_in[:, None]
-    if bias is not None:
-        out += bias
+    with np.errstate(over="ignore", invalid="ignore"):  # inf and NaN in the input are the caller's, and stay
+        out = a @ w.astype(np.float32, copy=False).T
+        if scale_in is not None:
+            out *= scale_in[:, None]
+        if bias is not None:
+            out += bias
     return out
 
 

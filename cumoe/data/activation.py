@@ -56,11 +56,11 @@ class Activation:
     def __post_init__(self) -> None:
         """Check the words and numbers."""
         check_word("activation", self.name, NAMES)
-        check_number("alpha", self.alpha)
+        object.__setattr__(self, "alpha", check_number("alpha", self.alpha))
         check_word("clamp", self.clamp, CLAMPS)
-        check_number("up_offset", self.up_offset)
+        object.__setattr__(self, "up_offset", check_number("up_offset", self.up_offset))
         if self.limit is not None:
-            check_number("limit", self.limit, low=0.0, low_is_allowed=False)
+            object.__setattr__(self, "limit", check_number("limit", self.limit, low=0.0, low_is_allowed=False))
 
     def apply(self, gate: np.ndarray, up: np.ndarray | None = None) -> np.ndarray:
         """Evaluate on NumPy arrays, in their dtype; `up` is None where an expert is not gated."""

@@ -112,24 +112,27 @@ class Router:
 
     def __post_init__(self) -> None:
         """Check everything that can be checked before logits are seen."""
-        check_count("top_k", self.top_k, 1)
+        plain: dict[str, Any] = {"top_k": check_count("top_k", self.top_k, 1)}
         check_word("scoring", self.scoring, ("softmax", "sigmoid", "sqrt_softplus"))
         check_word("select_by", self.select_by, ("scores", "logits"))
         if not isinstance(self.renormalize, (bool, np.bool_)):
             raise TypeError(refuse("renormalize", "True or False", repr(self.renormalize)))
-        check_number("renormalize_eps", self.renormalize_eps, low=0.0)
+        plain["renormalize"] = bool(self.renormalize)
+        plain["renormalize_eps"] = check_number("renormalize_eps", self.renormalize_eps, low=0.0)
         check_word("renormalize_eps_mode", self.renormalize_eps_mode, ("add", "clamp"))
-        check_count("renormalize_order", self.renormalize_order, 1, 2)
-        check_count("num_groups", self.num_groups, 1)
+        plain["renormalize_order"] = check_count("renormalize_order", self.renormalize_order, 1, 2)
+        plain["num_groups"] = check_count("num_groups", self.num_groups, 1)
         if self.top_groups is not None:
-            check_count("top_groups", self.top_groups, 1, self.num_groups, of=" (num_groups)")
+            plain["top_groups"] = check_count("top_groups", self.top_groups, 1, self.num_groups, of=" (num_groups)")
         elif self.num_groups > 1:
             raise ValueError(refuse("top_groups", f"an int from 1 to {self.num_groups} (num_groups)", None))
         check_word("group_score", self.group_score, ("sum_top2", "max"))
         check_word("dropped_groups", self.dropped_groups, ("minus_inf", "zero"))
-        check_number("scale", self.scale)
+        plain["scale"] = check_number("scale", self.scale)
         if self.logit_softcap is not None:
-            check_number("logit_softcap", self.logit_softcap, low=0.0, low_is_allowed=False)
+            plain["logit_softcap"] = check_number("logit_softcap", self.logit_softcap, low=0.0, low_is_allowed=False)
+        for name, value in plain.items():  # kernels take Python numbers, not NumPy scalars
+            object.__setattr__(self, name, value)
         vectors: list[tuple[str, int, Kind]] = []
         for name in ("selection_bias", "expert_scale"):
             if getattr(self, name) is not None:
