@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The GPU half of the tests and the demo, from the source tree, on this machine's GPU.
-# Usage: [PYTHON=python3.12] .ci/gpu.sh [arguments of pytest]
+# Usage: [PYTHON=python3.12] [SANITIZE=1] .ci/gpu.sh [arguments of pytest]
+# SANITIZE=1 runs a part of them under each tool of compute-sanitizer as well, about two minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,3 +20,12 @@ EOF
 "$python" -m cumoe config
 "$python" -m pytest tests -m gpu -q "$@"
 "$python" -m cumoe demo
+
+if [ -n "${SANITIZE:-}" ]; then
+  for tool in memcheck racecheck synccheck initcheck; do
+    echo "== $tool"
+    compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest -m gpu -q -p no:cacheprovider \
+      tests/test_moe.py tests/test_group.py tests/test_route.py tests/test_activation.py \
+      -k "tiles or strided or many or homogeneous or ties or every_time or test_gated and stacked"
+  done
+fi

@@ -48,6 +48,10 @@ def print_table(measured: Mapping[str, Measurement], errors: Mapping[str, float]
     width = max(map(len, measured))
     print(f"{'':<{width}}  {'time':>10}  {'rate':>14}  {'extra memory':>12}  {'error':>8}")
     for name, (_, seconds, peak_bytes) in measured.items():
-        rate = f"{operations / seconds / 1e9:.1f} GFLOP/s" if seconds > 0 else ""
+        rate = _rate(operations / seconds) if seconds > 0 else ""
         memory = f"{peak_bytes / 2**20:.1f} MiB"
         print(f"{name:<{width}}  {seconds * 1e3:>7.2f} ms  {rate:>14}  {memory:>12}  {errors[name]:>8.1e}")
+
+
+def _rate(per_second: float) -> str:
+    return f"{per_second / 1e12:.1f} TFLOP/s" if per_second > 1e12 else f"{per_second / 1e9:.1f} GFLOP/s"
