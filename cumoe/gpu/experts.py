@@ -21,6 +21,10 @@ GATE_LAUNCH = Struct(
 )
 GATE_WARPS = 8
 
+MIN_HIDDEN_SIZE = 64
+"""Below it the down projection reads float32 hidden rows on float32 units: the errors of rounded hidden rows average
+out over the results of a token, but over a few results they might not, and nothing that small needs tensor cores."""
+
 
 def buffers(num_tokens: int, top_k: int, weights: ExpertWeights, shared: tuple[SharedExperts, ...]) -> Buffers:
     """Return name, shape and dtype of everything that the projections write.
@@ -43,7 +47,8 @@ def buffers(num_tokens: int, top_k: int, weights: ExpertWeights, shared: tuple[S
 
 
 def _hidden_buffer(num_rows: int, weights: ExpertWeights) -> tuple[tuple[int, ...], np.dtype]:
-    dtype = weights.w_down.dtype if weight_order(weights.w_down, "ungated") else np.dtype(np.float32)
+    on_tensor_cores = weight_order(weights.w_down, "ungated") and weights.w_down.shape[1] >= MIN_HIDDEN_SIZE
+    dtype = weights.w_down.dtype if on_tensor_cores else np.dtype(np.float32)
     return (num_rows, -(-weights.intermediate_size // 8) * 8), dtype
 
 

@@ -79,8 +79,9 @@ def moe(
     Notes
     -----
     Accumulation, factors and combine are float32, the result is rounded once. The hidden row between the projections
-    is float32 on the CPU; on a GPU it has the dtype of `x` where tensor cores read it, else it is float32 too. Same
-    bits on every run; on a GPU also for every batch around a row.
+    is float32 on the CPU; on a GPU it has the dtype of `x` where tensor cores read it (hidden_size of 64 or more,
+    arrays aligned to 16 bytes), else it is float32 too. Same bits on every run; on a GPU also for every batch around a
+    row.
 
     Memory beyond inputs and output, on a GPU: num_tokens * (top_k * I + sum_s I_s) numbers of hidden rows,
     num_tokens * (top_k + num_shared) * hidden_size float32 numbers of result rows, and 2 * num_tokens * top_k int32; no
