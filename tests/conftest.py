@@ -1,8 +1,12 @@
 """The two halves of every test: NumPy on the CPU, CuPy on a GPU where there is one."""
 
+import os
+
 import hypothesis
 import pytest
 from support import CPU, GPU, gpu_is_there
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes most of a GPU's memory when it starts
 
 hypothesis.settings.register_profile(
     "cumoe", deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture], print_blob=True
@@ -18,3 +22,11 @@ def backend(request):
     if not gpu_is_there():
         pytest.skip("no CUDA device")
     return GPU
+
+
+@pytest.fixture
+def jax():
+    """Return JAX, with host arrays where nothing else is said, also on a machine with a GPU."""
+    module = pytest.importorskip("jax")
+    with module.default_device(module.devices("cpu")[0]):
+        yield module

@@ -293,9 +293,8 @@ def test_torch_tensors_in_and_out(monkeypatch, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_jax_arrays_in_and_out(dtype):
+def test_jax_arrays_in_and_out(jax, dtype):
     """They cannot be written, so they are no outputs."""
-    jax = pytest.importorskip("jax")
     arrays = random_layer(np.random.default_rng(0), dtype, num_tokens=20, shared_sizes=(16,), gated_shared=True)
     ours, theirs = foreign_layer(jax, arrays, jax.numpy.asarray)
     x = jax.numpy.asarray(arrays.x)

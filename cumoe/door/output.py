@@ -17,6 +17,7 @@ def output(out: Any, shape: tuple[int, int], dtype: np.dtype, kind: Kind, owner:
     check_shape("out", y, {"num_tokens": shape[0], "hidden_size": shape[1]})
     if kind.on_gpu and not y.flags.c_contiguous:
         raise ValueError(refuse("out", "a C-contiguous array on a GPU", f"strides {y.strides}"))
-    if not kind.on_gpu and not y.flags.writeable:
+    # A device array has no such flag: a library whose arrays cannot be changed in place, like JAX, has no `+=` either.
+    if not (hasattr(type(out), "__iadd__") if kind.on_gpu else y.flags.writeable):
         raise ValueError(refuse("out", "a writable array", "a read-only one"))
     return y, out

@@ -80,6 +80,7 @@ class MoE:
                 raise ValueError(refuse("router_weight", "an array, since there is a router_bias", None))
             self.router_bias = self.router_bias.astype(np.float32, order="C", copy=False)
         self._workspace = Workspace()
+        self._reserved_bytes = self.workspace_bytes(self.max_tokens) if self.max_tokens else 0
 
     def _admit(self, name: str, array: Any, axes: dict[str, int], dtypes: Any) -> Any:
         if array is None:
@@ -132,7 +133,7 @@ class MoE:
 
     def _forward_gpu(self, tokens: Any, logits: Any, y: Any) -> None:
         with self._workspace.lock:
-            buffers = self._workspace.arrays(self._buffers(tokens.shape[0]), self._reserved_bytes())
+            buffers = self._workspace.arrays(self._buffers(tokens.shape[0]), self._reserved_bytes)
             if logits is None:
                 logits = buffers["router_logits"]
                 gpu_router_logits(tokens, self.router_weight, self.router_bias, logits)
@@ -142,9 +143,6 @@ class MoE:
 
     def _buffers(self, num_tokens: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         return layer_buffers(num_tokens, self.router.top_k, self.experts.weights, self.shared, routed_here=True)
-
-    def _reserved_bytes(self) -> int:
-        return self.workspace_bytes(self.max_tokens) if self.max_tokens else 0
 
     def workspace_bytes(self, num_tokens: int) -> int:
         """Return the bytes of GPU memory that a call on `num_tokens` tokens needs besides its output; 0 on a CPU."""
