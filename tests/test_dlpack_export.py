@@ -155,7 +155,7 @@ def test_a_capsule_never_consumed_frees_the_array(dtype, max_version):
 
 def test_a_consumer_that_refuses_the_capsule_keeps_its_own_exception():
     array, alive = tracked(BF16)
-    with pytest.raises(RuntimeError, match="Unsupported dtype"):
+    with pytest.raises((RuntimeError, BufferError), match="Unsupported dtype"):  # NumPy 2.4, 2.5
         np.from_dlpack(Exported(array))
     del array
     gc.collect()
