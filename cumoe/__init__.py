@@ -18,8 +18,7 @@ from cumoe.stages.group import group
 from cumoe.stages.grouped_gemm import grouped_gemm
 from cumoe.stages.route import route
 from cumoe.system import show_config
-
-__version__ = "0.1.0"
+from cumoe.version import __version__
 
 __all__ = [
     "Activation",
@@ -29,6 +28,7 @@ __all__ = [
     "Router",
     "Routing",
     "SharedExperts",
+    "__version__",
     "combine",
     "group",
     "grouped_gemm",

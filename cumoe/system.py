@@ -9,6 +9,7 @@ from cumoe.door.arrays import cupy
 from cumoe.door.checks import check_word
 from cumoe.gpu.compile import gpu_is_there
 from cumoe.gpu.sources import kernels_directory
+from cumoe.version import __version__
 
 
 def _probe(read: Callable[[], Any]) -> str:
@@ -22,7 +23,7 @@ def _probe(read: Callable[[], Any]) -> str:
 def _versions() -> dict[str, Callable[[], Any]]:
     version = importlib.metadata.version
     return {
-        "cumoe": lambda: __import__("cumoe").__version__,
+        "cumoe": lambda: __version__,
         "Python": platform.python_version,
         "NumPy": lambda: version("numpy"),
         "ml_dtypes": lambda: version("ml_dtypes"),
