@@ -301,3 +301,16 @@ def test_numbers_may_be_numpy_scalars(backend):
         renormalize_eps=np.float32(0.5), scale=np.float64(2.5), logit_softcap=np.float32(3),
     )  # fmt: skip
     assert_routing(logits, router, *run(backend, logits, router))
+
+
+def test_vectors_of_the_router_may_be_strided(backend):
+    """Every second and the reversed elements of longer arrays; kernels read such vectors without strides."""
+    rng = np.random.default_rng(0)
+    logits, bias, scale = (rng.standard_normal(shape, np.float32) for shape in ((9, 8), 16, 8))
+    on_backend = cumoe.Router(
+        3, "sigmoid", selection_bias=backend.asarray(bias)[::2], expert_scale=backend.asarray(scale)[::-1]
+    )
+    assert on_backend.selection_bias.flags.c_contiguous and on_backend.expert_scale.flags.c_contiguous
+    routing = cumoe.route(backend.asarray(logits), on_backend)
+    router = cumoe.Router(3, "sigmoid", selection_bias=bias[::2].copy(), expert_scale=scale[::-1].copy())
+    assert_routing(logits, router, backend.asnumpy(routing.topk_ids), backend.asnumpy(routing.topk_weights))

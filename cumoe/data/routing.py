@@ -19,6 +19,7 @@ from cumoe.door.checks import (
     check_word,
     refuse,
 )
+from cumoe.door.factors import admit_factors, as_factors
 
 MAX_SLOTS = 2**31 - 1
 """num_tokens * top_k is counted in int32 on the device."""
@@ -139,7 +140,7 @@ class Router:
                 vector, kind = admit(name, getattr(self, name))
                 check_rank(name, vector, ("num_experts",))
                 check_dtype(name, vector, FACTOR_DTYPES)
-                object.__setattr__(self, name, vector.astype(np.float32, copy=False))
+                object.__setattr__(self, name, as_factors(vector))
                 vectors.append((name, vector.shape[0], kind))
         for name, length, kind in vectors:
             self.check_experts(length, name)
@@ -203,12 +204,11 @@ def admit_routing(routing: Any, kind: Kind, owner: str, num_tokens: int) -> Rout
     if not isinstance(routing, Sequence) or len(routing) != 2:
         raise TypeError(refuse("routing", "a cumoe.Routing or a pair (topk_ids, topk_weights)", type(routing).__name__))
     ids = admit_like("topk_ids", routing[0], kind, owner)
-    weights = admit_like("topk_weights", routing[1], kind, owner)
     check_ids(ids)
-    check_dtype("topk_weights", weights, FACTOR_DTYPES)
-    check_shape("topk_ids", ids, {"num_tokens": num_tokens, "top_k": ids.shape[1]})
-    check_shape("topk_weights", weights, {"num_tokens": num_tokens, "top_k": ids.shape[1]})
-    return Routing(as_int32_ids(ids), weights.astype(np.float32, order="C", copy=False))
+    axes = {"num_tokens": num_tokens, "top_k": ids.shape[1]}
+    check_shape("topk_ids", ids, axes)
+    weights = admit_factors("topk_weights", routing[1], axes, kind, owner)
+    return Routing(as_int32_ids(ids), weights)
 
 
 def check_ids(ids: Any) -> None:

@@ -9,7 +9,6 @@ import numpy as np
 from cumoe.data.activation import Activation, as_activation
 from cumoe.door.arrays import Kind, admit, admit_like, check_kind
 from cumoe.door.checks import (
-    FACTOR_DTYPES,
     FLOAT_DTYPES,
     check_count,
     check_dtype,
@@ -19,6 +18,7 @@ from cumoe.door.checks import (
     check_word,
     refuse,
 )
+from cumoe.door.factors import admit_factors
 
 LAYOUTS = ("stacked", "interleaved", "ungated")
 Layout = Literal["stacked", "interleaved", "ungated"]
@@ -27,9 +27,7 @@ Layout = Literal["stacked", "interleaved", "ungated"]
 class ExpertWeights(NamedTuple):
     """One run of experts of equal size, on NumPy or CuPy arrays: what the CPU and GPU stages compute with."""
 
-    w_gate_up: (
-        Any  # (num_experts, 2 * intermediate_size, hidden_size), or (num_experts, intermediate_size, hidden_size)
-    )
+    w_gate_up: Any  # (num_experts, 2 * intermediate_size, hidden_size); half as many rows where ungated
     w_down: Any  # (num_experts, hidden_size, intermediate_size)
     b_gate_up: Any  # (num_experts, rows of w_gate_up) float32 contiguous, or None
     b_down: Any  # (num_experts, hidden_size) float32 contiguous, or None
@@ -228,19 +226,14 @@ def _check_weights(
     check_rank("w_down", down, tuple(axes))
     check_shape("w_down", down, axes)
 
-    def checked_bias(name: str, bias: Any, axis: str, size: int) -> Any:
-        if bias is None:
-            return None
-        bias = admit_like(name, bias, kind, "w_gate_up")
-        check_dtype(name, bias, FACTOR_DTYPES)
-        check_shape(name, bias, {**in_front, axis: size})
-        return bias.astype(np.float32, order="C", copy=False)
+    def bias(name: str, array: Any, axis: str, size: int) -> Any:
+        return admit_factors(name, array, {**in_front, axis: size}, kind, "w_gate_up")
 
     weights = ExpertWeights(
         gate_up,
         down,
-        checked_bias("b_gate_up", arrays[2], _row_axis(layout), rows),
-        checked_bias("b_down", arrays[3], "hidden_size", hidden_size),
+        bias("b_gate_up", arrays[2], _row_axis(layout), rows),
+        bias("b_down", arrays[3], "hidden_size", hidden_size),
         as_activation(activation),
         layout,
     )

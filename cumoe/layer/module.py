@@ -8,7 +8,8 @@ from cumoe.cpu.experts import project as cpu_project
 from cumoe.cpu.route import route as cpu_route
 from cumoe.data.routing import Router, Routing, check_logits, check_router, check_slots
 from cumoe.door.arrays import Kind, admit_like, give_back, on_device
-from cumoe.door.checks import FACTOR_DTYPES, FLOAT_DTYPES, check_count, check_dtype, check_shape, refuse
+from cumoe.door.checks import FLOAT_DTYPES, check_count, check_dtype, check_shape, refuse
+from cumoe.door.factors import admit_factors
 from cumoe.door.output import output
 from cumoe.gpu.experts import router_logits as gpu_router_logits
 from cumoe.gpu.route import route as gpu_route
@@ -71,24 +72,19 @@ class MoE:
         check_router(router, self.experts.num_experts, kind, "experts")
         self.max_tokens = check_count("max_tokens", max_tokens, 0)
         axes = {"num_experts": self.experts.num_experts, "hidden_size": self.experts.hidden_size}
-        self.router_weight = self._admit("router_weight", router_weight, axes, FLOAT_DTYPES)
-        if self.router_weight is not None and self.router_weight.dtype != self.experts.dtype:
-            self.router_weight = self.router_weight.astype(np.float32, copy=False)
-        self.router_bias = self._admit("router_bias", router_bias, {"num_experts": axes["num_experts"]}, FACTOR_DTYPES)
-        if self.router_bias is not None:
-            if self.router_weight is None:
-                raise ValueError(refuse("router_weight", "an array, since there is a router_bias", None))
-            self.router_bias = self.router_bias.astype(np.float32, order="C", copy=False)
+        self.router_weight: Any = None
+        if router_weight is not None:
+            weight = admit_like("router_weight", router_weight, kind, "experts")
+            check_dtype("router_weight", weight, FLOAT_DTYPES)
+            check_shape("router_weight", weight, axes)
+            own = weight.dtype == self.experts.dtype
+            self.router_weight = weight if own else weight.astype(np.float32, copy=False)
+        axes = {"num_experts": self.experts.num_experts}
+        self.router_bias = admit_factors("router_bias", router_bias, axes, kind, "experts")
+        if self.router_bias is not None and self.router_weight is None:
+            raise ValueError(refuse("router_weight", "an array, since there is a router_bias", None))
         self._workspace = Workspace()
         self._reserved_bytes = self.workspace_bytes(self.max_tokens) if self.max_tokens else 0
-
-    def _admit(self, name: str, array: Any, axes: dict[str, int], dtypes: Any) -> Any:
-        if array is None:
-            return None
-        array = admit_like(name, array, self.experts.kind, "experts")
-        check_dtype(name, array, dtypes)
-        check_shape(name, array, axes)
-        return array
 
     def __call__(self, x: Any, router_logits: Any = None, *, out: Any = None) -> Any:
         """Route the tokens and compute the layer.

@@ -7,7 +7,8 @@ import numpy as np
 from cumoe.cpu.combine import combine as cpu_combine
 from cumoe.data.groups import check_groups
 from cumoe.door.arrays import admit, admit_like, give_back, on_device
-from cumoe.door.checks import FACTOR_DTYPES, as_float_dtype, check_dtype, check_rank, check_shape
+from cumoe.door.checks import as_float_dtype, check_dtype, check_rank, check_shape
+from cumoe.door.factors import admit_factors
 from cumoe.door.output import output
 from cumoe.gpu.combine import combine as gpu_combine
 
@@ -63,12 +64,8 @@ def combine(
     num_tokens, top_k = groups.inverse_permutation.shape
     hidden_size = sorted_rows.shape[1]
     check_shape("rows", sorted_rows, {"num_tokens * top_k": num_tokens * top_k, "hidden_size": hidden_size})
-    weights = None
-    if topk_weights is not None:
-        weights = admit_like("topk_weights", topk_weights, kind, "rows")
-        check_dtype("topk_weights", weights, FACTOR_DTYPES)
-        check_shape("topk_weights", weights, {"num_tokens": num_tokens, "top_k": top_k})
-        weights = weights.astype(np.float32, order="C", copy=False)
+    axes = {"num_tokens": num_tokens, "top_k": top_k}
+    weights = admit_factors("topk_weights", topk_weights, axes, kind, "rows")
     shared = None
     if shared_rows is not None:
         shared = admit_like("shared_rows", shared_rows, kind, "rows")

@@ -2,13 +2,10 @@
 
 from typing import Any, Literal
 
-import numpy as np
-
 from cumoe.cpu.experts import grouped_gemm as cpu_grouped_gemm
 from cumoe.data.groups import Groups, check_groups
-from cumoe.door.arrays import Kind, admit, admit_like, give_back, on_device
+from cumoe.door.arrays import admit, admit_like, give_back, on_device
 from cumoe.door.checks import (
-    FACTOR_DTYPES,
     FLOAT_DTYPES,
     as_float_dtype,
     check_count,
@@ -18,6 +15,7 @@ from cumoe.door.checks import (
     check_shape,
     check_word,
 )
+from cumoe.door.factors import admit_factors
 from cumoe.gpu.experts import grouped_gemm as gpu_grouped_gemm
 
 
@@ -92,20 +90,10 @@ def grouped_gemm(
     num_tokens, top_k = groups.inverse_permutation.shape
     num_rows = num_tokens if rows == "tokens" else num_tokens * top_k
     check_shape("x", a, {"num_tokens" if rows == "tokens" else "num_tokens * top_k": num_rows, "K": inner})
-    bias = _factors("bias", bias, {"num_experts": num_experts, "N": width}, kind)
-    scale = _factors("row_scale", row_scale, {"num_tokens": num_tokens, "top_k": top_k}, kind)
+    bias = admit_factors("bias", bias, {"num_experts": num_experts, "N": width}, kind, "x")
+    scale = admit_factors("row_scale", row_scale, {"num_tokens": num_tokens, "top_k": top_k}, kind, "x")
     result_dtype = as_float_dtype("dtype", dtype, a.dtype)
     slots_per_a_row = top_k if rows == "tokens" else 0
     engine = gpu_grouped_gemm if kind.on_gpu else cpu_grouped_gemm
     with on_device(kind):
         return give_back(engine(a, weights, groups, bias, scale, slots_per_a_row, result_dtype), kind)
-
-
-def _factors(name: str, array: Any, axes: dict[str, int], kind: Kind) -> Any:
-    """View optional float factors as contiguous float32."""
-    if array is None:
-        return None
-    array = admit_like(name, array, kind, "x")
-    check_dtype(name, array, FACTOR_DTYPES)
-    check_shape(name, array, axes)
-    return array.astype(np.float32, order="C", copy=False)
