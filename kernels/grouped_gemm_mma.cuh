@@ -14,6 +14,8 @@
 //   barrier                      means
 //   wait_group + __syncthreads   the copies of this inner block have landed for every thread, and every warp has
 //                                finished with the stage that the next copies overwrite
+//   __syncthreads of store_tile  every warp has left the stages, whose memory the slabs of results reuse
+//   __syncwarp                   a warp's slab of 16 rows is written, or has been stored and may be overwritten
 //
 //   edges    chunks past the end of a row, of the weight rows or of the expert's rows are filled with zeros and never
 //            read from memory, so that no neighbour's NaN can leak in; stores are predicated.
@@ -128,7 +130,8 @@ template <typename T, int BLOCK_M, WeightOrder ORDER> struct GroupedGemm {
 #pragma unroll
     for (int i = 0; i < A_COPIES; ++i)
       if (BLOCK_M * K_CHUNKS % THREADS == 0 || threadIdx.x + i * THREADS < BLOCK_M * K_CHUNKS)
-        copy_async_16(stage + k_offset + i * K_ROW_STEP * K_ROW_BYTES, a_source[i] + k_begin, min(a_bytes[i], bytes_in_row));
+        copy_async_16(stage + k_offset + i * K_ROW_STEP * K_ROW_BYTES, a_source[i] + k_begin,
+                      min(a_bytes[i], bytes_in_row));
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -193,8 +196,9 @@ template <typename T, int BLOCK_M, WeightOrder ORDER> struct GroupedGemm {
 
   // Results leave through shared memory, 16 rows of a warp at a time: the code that finishes them exists once and not
   // once a register, and neighbouring lanes store neighbouring features.
-  __device__ __forceinline__ void store_tile(const ExpertStack& stack, const Tile& tile, float (&acc)[M_TILES][2][N_TILES][4]) {
-    __syncthreads();  // every warp has left the stages, whose memory the slabs reuse
+  __device__ __forceinline__ void store_tile(const ExpertStack& stack, const Tile& tile,
+                                             float (&acc)[M_TILES][2][N_TILES][4]) {
+    __syncthreads();
     float* slab = reinterpret_cast<float*>(stages) + threadIdx.x / WARP * SLAB_FLOATS;  // (16, SLAB_PITCH) of this warp
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m) {
@@ -208,15 +212,17 @@ template <typename T, int BLOCK_M, WeightOrder ORDER> struct GroupedGemm {
             *reinterpret_cast<float2*>(at) = make_float2(acc[m][half][n][2 * r], acc[m][half][n][2 * r + 1]);
           }
       __syncwarp();
-      store_slab(launch, stack, tile.expert, tile.row_end, tile.n_block, slab, tile.row_begin + (warp_m * M_TILES + m) * 16, warp_n * WARP_N);
+      int first_row = tile.row_begin + (warp_m * M_TILES + m) * 16;
+      store_slab(launch, stack, tile.expert, tile.row_end, tile.n_block, slab, first_row, warp_n * WARP_N);
       __syncwarp();
     }
   }
 
   // Finishes and stores 16 rows from `first_row` on; column 0 of both halves of the slab is weight row `first_column` of
   // its half of the weight tile. A lane keeps its column and goes down the rows, FEW at a time.
-  __device__ __noinline__ static void store_slab(const GemmLaunch& launch, const ExpertStack& stack, int expert, int row_end,
-                                                 int n_block, float* slab, int first_row, int first_column) {
+  __device__ __noinline__ static void store_slab(const GemmLaunch& launch, const ExpertStack& stack, int expert,
+                                                 int row_end, int n_block, float* slab, int first_row,
+                                                 int first_column) {
     constexpr int ROW_STEP = WARP / WARP_N, FEW = 4;  // rows between two of a lane; results a lane has in flight
     static_assert(16 / ROW_STEP % FEW == 0, "the rows of a lane are a multiple of FEW");
     int lane = threadIdx.x % WARP, column = lane % WARP_N;
@@ -286,12 +292,13 @@ __device__ __forceinline__ void grouped_gemm(const GemmLaunch& launch) {
   int64* tile_offsets = reinterpret_cast<int64*>(dynamic_smem + Gemm::STAGES * Gemm::STAGE_BYTES);
   Scheduler<BLOCK_M, Gemm::HALF, THREADS> scheduler(launch, tile_offsets);
   Gemm gemm(launch, dynamic_smem);
-  for (int64 tile_idx = blockIdx.x; tile_idx < scheduler.num_tiles(); tile_idx += gridDim.x) gemm.compute(scheduler.tile(tile_idx));
+  for (int64 tile_idx = blockIdx.x; tile_idx < scheduler.num_tiles(); tile_idx += gridDim.x)
+    gemm.compute(scheduler.tile(tile_idx));
 }
 
 }  // namespace mma
 
-#define GROUPED_GEMM_MMA(NAME, T, BLOCK_M, ORDER)                                              \
+#define GROUPED_GEMM_MMA(NAME, T, BLOCK_M, ORDER)                                                    \
   extern "C" __global__ void __launch_bounds__(mma::THREADS, mma::TileShape<BLOCK_M>::BLOCKS_PER_SM) \
       NAME(const __grid_constant__ GemmLaunch launch) { mma::grouped_gemm<T, BLOCK_M, ORDER>(launch); }
 

@@ -113,14 +113,16 @@ template <typename A, typename W> struct GroupedGemm {
     }
   }
 
-  __device__ __forceinline__ void store_row(const ExpertStack& stack, const Tile& tile, int row, int column, float (&acc)[2][2]) {
+  __device__ __forceinline__ void store_row(const ExpertStack& stack, const Tile& tile, int row, int column,
+                                            float (&acc)[2][2]) {
     RowScales scales = row_scales(stack, row);
     if (stack.pairing == PAIR_STACKED) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         int feature = tile.n_block * HALF + column + c;
         if (feature < features(stack))
-          store<A>(launch, stack, row, feature, finish_one(stack, tile.expert, feature, acc[0][c], acc[1][c], scales.in, scales.out));
+          store<A>(launch, stack, row, feature,
+                   finish_one(stack, tile.expert, feature, acc[0][c], acc[1][c], scales.in, scales.out));
       }
       return;
     }
@@ -136,7 +138,8 @@ template <typename A, typename W> struct GroupedGemm {
 #pragma unroll
       for (int c = 0; c < 2; ++c)
         if (weight_row + c < stack.weight_rows)
-          store<A>(launch, stack, row, weight_row + c, finish_one(stack, tile.expert, weight_row + c, acc[half][c], 0.0f, scales.in, scales.out));
+          store<A>(launch, stack, row, weight_row + c,
+                   finish_one(stack, tile.expert, weight_row + c, acc[half][c], 0.0f, scales.in, scales.out));
     }
   }
 };
@@ -146,7 +149,8 @@ template <typename A, typename W> __device__ __forceinline__ void grouped_gemm(c
   __shared__ Shared shared;
   Scheduler<BLOCK_M, HALF, THREADS> scheduler(launch, reinterpret_cast<int64*>(dynamic_smem));
   GroupedGemm<A, W> gemm{launch, shared};
-  for (int64 tile_idx = blockIdx.x; tile_idx < scheduler.num_tiles(); tile_idx += gridDim.x) gemm.compute(scheduler.tile(tile_idx));
+  for (int64 tile_idx = blockIdx.x; tile_idx < scheduler.num_tiles(); tile_idx += gridDim.x)
+    gemm.compute(scheduler.tile(tile_idx));
 }
 
 }  // namespace simt

@@ -83,8 +83,9 @@ template <typename T> struct Token {
   __device__ __forceinline__ float score(float logit) const {
     if (p.scoring == SOFTMAX) return expf(logit - largest) / denominator;
     if (p.scoring == SIGMOID) return 1.0f / (1.0f + expf(-logit));
-    if (logit < -20.0f) return expf(0.5f * logit);                // softplus(l) = e^l (1 - e^l / 2 ..), e^-20 = 2e-9;
-    return sqrtf(logit > 20.0f ? logit : log1pf(expf(logit)));  // the root first, or e^l underflows
+    // Beyond 20 softplus is l or e^l up to e^-20 = 2e-9; below, the root is taken of e^l itself, which may underflow.
+    if (logit < -20.0f) return expf(0.5f * logit);
+    return sqrtf(logit > 20.0f ? logit : log1pf(expf(logit)));
   }
 
   // Largest logit and sum of exponentials over n items; item(i) gives a logit. NaN and -inf rows give NaN weights.
@@ -149,8 +150,8 @@ template <typename T> struct Token {
   }
 
   // Weights of the chosen experts. Renormalising a softmax without epsilon is the softmax over the chosen logits, which
-  // needs no second division. Far below zero sigmoid(l) = e^l and sqrt(softplus(l)) =
-  // e^(l / 2), so that a renormalised row keeps its ratios where the scores themselves would underflow to 0 / 0.
+  // needs no second division. Far below zero sigmoid(l) = e^l and sqrt(softplus(l)) = e^(l / 2), so that a renormalised
+  // row keeps its ratios where the scores themselves would underflow to 0 / 0.
   __device__ __forceinline__ void weigh(int64 token) {
     bool exact_ratio = p.renormalize && p.epsilon == 0.0f;
     int order = p.renormalize;

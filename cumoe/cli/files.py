@@ -7,8 +7,9 @@ import ml_dtypes
 import numpy as np
 
 from cumoe.cli.refusal import Refusal
+from cumoe.door.checks import FLOAT_DTYPES
 
-DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES = {dtype.name: dtype for dtype in FLOAT_DTYPES}
 
 
 def read_states(path: Path) -> np.ndarray:

@@ -20,6 +20,8 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from cumoe.door.checks import refuse
+
 __all__ = ["Exported", "to_numpy"]
 
 _CPU = 1  # kDLCPU
@@ -101,10 +103,10 @@ def to_numpy(exporter: Any) -> npt.NDArray[Any]:
     mutable and its array is writable, any other array is read-only.
     """
     if not (hasattr(exporter, "__dlpack__") and hasattr(exporter, "__dlpack_device__")):
-        raise TypeError(f"exporter: expected a DLPack exporter, got {type(exporter).__name__}")
+        raise TypeError(refuse("exporter", "a DLPack exporter", type(exporter).__name__))
     device = int(exporter.__dlpack_device__()[0])
     if device != _CPU:
-        raise TypeError(f"exporter: expected CPU memory, got DLPack device type {device}")
+        raise TypeError(refuse("exporter", "CPU memory", f"DLPack device type {device}"))
     try:
         capsule = exporter.__dlpack__(max_version=_VERSION, copy=False)
     except TypeError:  # the exporter predates these keywords
@@ -112,10 +114,8 @@ def to_numpy(exporter: Any) -> npt.NDArray[Any]:
 
     dtype, versioned = _read(capsule)
     if dtype.lanes != 1 or dtype.bits not in _WIDTHS.get(dtype.code, ()):
-        raise TypeError(
-            "exporter: expected a dtype with a NumPy counterpart, got DLPack type code "
-            f"{dtype.code}, {dtype.bits} bits, {dtype.lanes} lanes"
-        )
+        got = f"DLPack type code {dtype.code}, {dtype.bits} bits, {dtype.lanes} lanes"
+        raise TypeError(refuse("exporter", "a dtype with a NumPy counterpart", got))
     is_bf16 = dtype.code == _BFLOAT
     if is_bf16:
         dtype.code = _UINT
@@ -150,15 +150,15 @@ class Exported:
 
     def __init__(self, array: npt.NDArray[Any]) -> None:
         if not isinstance(array, np.ndarray):
-            raise TypeError(f"array: expected numpy.ndarray, got {type(array).__name__}")
+            raise TypeError(refuse("array", "numpy.ndarray", type(array).__name__))
         dtype = array.dtype
         # "g" and "G" are the long double types, whose layout DLPack cannot name.
         known = dtype == _BF16 or (dtype.kind in "biufc" and dtype.char not in "gG")
         if not (known and dtype.isnative):
-            raise TypeError(f"array: expected a native bool, number or bfloat16 dtype, got {dtype!r}")
+            raise TypeError(refuse("array", "a native bool, number or bfloat16 dtype", repr(dtype)))
         # The stride of an axis with a single element is never stepped.
         if any(s < 0 and n > 1 for s, n in zip(array.strides, array.shape, strict=True)):
-            raise ValueError(f"array: expected no negative stride, got strides {array.strides}")
+            raise ValueError(refuse("array", "no negative stride", f"strides {array.strides}"))
         self._array = array
 
     def __dlpack__(
@@ -213,8 +213,8 @@ def _read(capsule: Any) -> tuple[_DataType, bool]:
     if _is_valid(capsule, b"dltensor_versioned"):
         managed = _Versioned.from_address(_get_pointer(capsule, b"dltensor_versioned"))
         if managed.major != _VERSION[0]:  # another major version may move the tensor
-            raise TypeError(f"capsule: expected DLPack {_VERSION[0]}.x, got {managed.major}.{managed.minor}")
+            raise TypeError(refuse("capsule", f"DLPack {_VERSION[0]}.x", f"{managed.major}.{managed.minor}"))
         return managed.tensor.dtype, True
     if _is_valid(capsule, b"dltensor"):
         return _Tensor.from_address(_get_pointer(capsule, b"dltensor")).dtype, False
-    raise TypeError(f"capsule: expected an unconsumed DLPack capsule, got {capsule!r}")
+    raise TypeError(refuse("capsule", "an unconsumed DLPack capsule", repr(capsule)))

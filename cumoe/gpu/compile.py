@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 from cumoe.door.arrays import cupy
+from cumoe.door.checks import refuse
 from cumoe.gpu.sources import OPTIONS, UNITS, unit_source
 
 log = logging.getLogger("cumoe")
@@ -49,7 +50,7 @@ def compile_all() -> None:
     try:
         device = cupy.cuda.Device()
         if int(device.compute_capability) < MIN_COMPUTE_CAPABILITY:
-            _failure = f"cumoe: expected a GPU of compute capability 8.0 or newer, got {device.compute_capability}"
+            _failure = refuse("cumoe", "a GPU of compute capability 8.0 or newer", device.compute_capability)
             log.warning("%s; NumPy arrays still run on the CPU", _failure)
             return
         log.info("compiling %d CUDA units for sm_%s (cached afterwards)", len(UNITS), device.compute_capability)

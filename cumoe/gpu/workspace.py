@@ -65,8 +65,3 @@ class Workspace:
             arrays[name] = cupy.ndarray(shape, dtype, memptr=block.data + offset)
             offset += _padded_bytes(shape, dtype)
         return arrays
-
-    @property
-    def allocated_bytes(self) -> int:
-        """Bytes held at present, over all devices and streams."""
-        return sum(block.size for block in self._blocks.values())
