@@ -5,8 +5,9 @@
 //   expert_offsets[e]       first sorted row of expert e; [num_experts] = number of slots that have one
 //
 //   grid     group_count and group_place: the same blocks, each owns a run of `slots_per_block` slots
-//   block    256 threads; each warp owns a contiguous eighth of the block's run, which it walks 32 slots at a time
-//   smem     (8 + 1) x (num_experts + 1) counters: one histogram a warp, and the block's first rows; 36 KiB at 1024
+//   block    1024 threads; each warp owns a contiguous part of the block's run, which it walks 32 slots at a time
+//   smem     (32 + 2) x (num_experts + 1) counters: one histogram a warp, the block's first rows, and the rows of earlier
+//            blocks; 136 KiB at 1024 experts
 //
 // One block needs no group_count: it is the only column of the matrix of counts. All positions follow from integer
 // counts in slot order; there is no atomic, so the order is stable and the same on every run.
@@ -14,11 +15,12 @@
 //   barrier       means
 //   after count   the histograms of all warps are complete
 //   after scan    every warp's histogram holds the row of its first slot of each expert
-#include "types.cuh"
+#include "overlap.cuh"
+#include "scan.cuh"
 
 namespace group {
 
-constexpr int WARPS = 8, THREADS = WARPS * WARP;
+constexpr int WARPS = 32, THREADS = WARPS * WARP;
 
 struct GroupLaunch {
   const int* topk_ids;       // (num_slots)
@@ -27,9 +29,10 @@ struct GroupLaunch {
   int* expert_offsets;       // (num_experts + 1)
   int* tokens_per_expert;    // (num_experts)
   int* counts;               // (num_blocks, num_experts + 1), unused with one block
+  int* next_positions;       // (2) set to zero for the tile schedulers of the two GEMMs that follow, or null
   int num_slots, num_experts, slots_per_block, padding;
 };
-static_assert(sizeof(GroupLaunch) == 64, "cumoe/gpu/group.py packs 64 bytes");
+static_assert(sizeof(GroupLaunch) == 72, "cumoe/gpu/group.py packs 72 bytes");
 
 // The bin of a slot: its expert, or one past the last for a slot without an expert.
 __device__ __forceinline__ int bin_of(const GroupLaunch& p, int slot) {
@@ -78,46 +81,37 @@ __device__ __forceinline__ int block_total(const int* histograms, int num_bins, 
   return total;
 }
 
-// Exclusive prefix sum in place over n integers in shared memory; every thread sums a run of neighbours.
-__device__ __forceinline__ void exclusive_scan(int* values, int n) {
-  __shared__ int warp_totals[WARPS];
-  int run = ceil_div(n, THREADS), begin = min(threadIdx.x * run, n), end = min(begin + run, n);
-  int sum = 0;
-  for (int i = begin; i < end; ++i) sum += values[i];
-  int inclusive = sum, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  for (int step = 1; step < WARP; step *= 2) {
-    int left = __shfl_up_sync(FULL_MASK, inclusive, step);
-    if (lane >= step) inclusive += left;
-  }
-  if (lane == WARP - 1) warp_totals[warp] = inclusive;
-  __syncthreads();
-  int offset = inclusive - sum;
-  for (int w = 0; w < warp; ++w) offset += warp_totals[w];
-  for (int i = begin; i < end; ++i) { int value = values[i]; values[i] = offset; offset += value; }
-  __syncthreads();
-}
-
-__device__ __forceinline__ void place(const GroupLaunch& p, int* histograms, int* first_rows) {
+__device__ __forceinline__ void place(const GroupLaunch& p, int* histograms, int* first_rows, int* earlier_rows) {
   int num_bins = p.num_experts + 1, num_blocks = gridDim.x;
+  launch_next_kernel();  // an ordinary launch: everything older is complete already
   count(p, histograms);
-  // Rows of each bin in all blocks, then the first row of each bin.
+  // Rows of each bin in all blocks and in earlier ones, then the first row of each bin.
   for (int bin = threadIdx.x; bin < num_bins; bin += THREADS) {
-    int total = 0;
-    if (num_blocks == 1) total = block_total(histograms, num_bins, bin);
-    else for (int block = 0; block < num_blocks; ++block) total += p.counts[(int64)block * num_bins + bin];
+    int total = 0, before = 0;
+    if (num_blocks == 1) {
+      total = block_total(histograms, num_bins, bin);
+    } else {
+#pragma unroll 8
+      for (int block = 0; block < num_blocks; ++block) {
+        int count = p.counts[(int64)block * num_bins + bin];
+        total += count;
+        if (block < (int)blockIdx.x) before += count;
+      }
+    }
     first_rows[bin] = total;
+    earlier_rows[bin] = before;
   }
   __syncthreads();
   if (blockIdx.x == 0)
     for (int e = threadIdx.x; e < p.num_experts; e += THREADS) p.tokens_per_expert[e] = first_rows[e];
+  if (blockIdx.x == 0 && threadIdx.x < 2 && p.next_positions) p.next_positions[threadIdx.x] = 0;
   __syncthreads();
-  exclusive_scan(first_rows, num_bins);
+  exclusive_scan<THREADS>(first_rows, num_bins);
   if (blockIdx.x == 0)
     for (int bin = threadIdx.x; bin < num_bins; bin += THREADS) p.expert_offsets[bin] = first_rows[bin];
   // Turn each warp's count into the row of its first slot: rows of earlier blocks, then of earlier warps.
   for (int bin = threadIdx.x; bin < num_bins; bin += THREADS) {
-    int row = first_rows[bin];
-    for (int block = 0; block < (int)blockIdx.x; ++block) row += p.counts[(int64)block * num_bins + bin];
+    int row = first_rows[bin] + earlier_rows[bin];
     for (int warp = 0; warp < WARPS; ++warp) {
       int count = histograms[warp * num_bins + bin];
       histograms[warp * num_bins + bin] = row;
@@ -147,6 +141,7 @@ extern "C" __global__ void __launch_bounds__(group::THREADS) group_count(const _
 }
 
 extern "C" __global__ void __launch_bounds__(group::THREADS) group_place(const __grid_constant__ group::GroupLaunch launch) {
-  extern __shared__ int histograms[];  // (WARPS, num_experts + 1) counters, then (num_experts + 1) first rows
-  group::place(launch, histograms, histograms + group::WARPS * (launch.num_experts + 1));
+  extern __shared__ int histograms[];  // (WARPS, num_experts + 1) counters, then twice (num_experts + 1) rows
+  int num_bins = launch.num_experts + 1;
+  group::place(launch, histograms, histograms + group::WARPS * num_bins, histograms + (group::WARPS + 1) * num_bins);
 }

@@ -290,10 +290,11 @@ __device__ __forceinline__ void grouped_gemm(const GemmLaunch& launch) {
   extern __shared__ __align__(128) unsigned char dynamic_smem[];  // stages, then the tile offsets
   using Gemm = GroupedGemm<T, BLOCK_M, ORDER>;
   int64* tile_offsets = reinterpret_cast<int64*>(dynamic_smem + Gemm::STAGES * Gemm::STAGE_BYTES);
-  Scheduler<BLOCK_M, Gemm::HALF, THREADS> scheduler(launch, tile_offsets);
+  using Tiling = GridTiling<BLOCK_M, Gemm::HALF>;
+  Scheduler<Tiling, int64, THREADS> scheduler(launch, tile_offsets);
   Gemm gemm(launch, dynamic_smem);
   for (int64 tile_idx = blockIdx.x; tile_idx < scheduler.num_tiles(); tile_idx += gridDim.x)
-    gemm.compute(scheduler.tile(tile_idx));
+    gemm.compute(Tiling::tile(scheduler.find(tile_idx)));
 }
 
 }  // namespace mma

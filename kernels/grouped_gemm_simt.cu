@@ -147,10 +147,11 @@ template <typename A, typename W> struct GroupedGemm {
 template <typename A, typename W> __device__ __forceinline__ void grouped_gemm(const GemmLaunch& launch) {
   extern __shared__ __align__(16) unsigned char dynamic_smem[];  // the tile offsets
   __shared__ Shared shared;
-  Scheduler<BLOCK_M, HALF, THREADS> scheduler(launch, reinterpret_cast<int64*>(dynamic_smem));
+  using Tiling = GridTiling<BLOCK_M, HALF>;
+  Scheduler<Tiling, int64, THREADS> scheduler(launch, reinterpret_cast<int64*>(dynamic_smem));
   GroupedGemm<A, W> gemm{launch, shared};
   for (int64 tile_idx = blockIdx.x; tile_idx < scheduler.num_tiles(); tile_idx += gridDim.x)
-    gemm.compute(scheduler.tile(tile_idx));
+    gemm.compute(Tiling::tile(scheduler.find(tile_idx)));
 }
 
 }  // namespace simt

@@ -7,6 +7,7 @@ from cumoe.gpu.compile import launch, num_multiprocessors
 from cumoe.gpu.structs import Struct
 
 THREADS = 256
+VECTOR_BYTES = 16  # of a row, read by one thread at a time
 BLOCKS_PER_SM = 16  # grid-stride blocks; enough to hide memory latency and to spread the last wave
 
 LAUNCH = Struct(
@@ -17,7 +18,10 @@ LAUNCH = Struct(
 
 
 def combine(rows: Any, inverse_permutation: Any, topk_weights: Any, shared_rows: Any, y: Any) -> None:
-    """Sum the rows of every token into `y` on the current stream; see `cumoe.combine`."""
+    """Sum the rows of every token into `y` on the current stream; see `cumoe.combine`.
+
+    Rows are float32, or have the dtype of `y`.
+    """
     if y.size == 0:
         return
     rows = cupy.ascontiguousarray(rows)
@@ -36,7 +40,8 @@ def combine(rows: Any, inverse_permutation: Any, topk_weights: Any, shared_rows:
         padding=0,
     )
     aligned = all(array is None or array.data.ptr % 16 == 0 for array in (rows, shared_rows, y))
-    vector = 4 if hidden_size % 4 == 0 and aligned else 1
+    vector = VECTOR_BYTES // rows.dtype.itemsize
+    vector = vector if hidden_size % vector == 0 and aligned else 1
     blocks = -(-(y.size // vector) // THREADS)
     grid = min(blocks, BLOCKS_PER_SM * num_multiprocessors(cupy.cuda.runtime.getDevice()))
-    launch(f"combine_{y.dtype.name}_{vector}", grid, THREADS, argument)
+    launch(f"combine_{y.dtype.name}_{rows.dtype.name}_{vector}", grid, THREADS, argument, overlap=True)

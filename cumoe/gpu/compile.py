@@ -8,12 +8,18 @@ from typing import Any
 
 from cumoe.door.arrays import cupy
 from cumoe.door.checks import refuse
-from cumoe.gpu.sources import OPTIONS, UNITS, unit_source
+from cumoe.gpu.driver import launch_overlapping
+from cumoe.gpu.sources import OPTIONS, UNITS, WGMMA_OPTIONS, WGMMA_UNITS, unit_source
 
 log = logging.getLogger("cumoe")
 
 MIN_COMPUTE_CAPABILITY = 80
 """cp.async and bf16 mma.sync begin with sm_80 (Ampere)."""
+
+WGMMA_COMPUTE_CAPABILITY = 90
+WGMMA_NVRTC = (12, 9)
+
+OVERLAP_COMPUTE_CAPABILITY = 90
 
 KERNEL_UNIT = {
     "route": "route",
@@ -21,6 +27,7 @@ KERNEL_UNIT = {
     "grouped_gemm_mma_bfloat16": "grouped_gemm_bfloat16",
     "grouped_gemm_mma_float16": "grouped_gemm_float16",
     "grouped_gemm_simt": "grouped_gemm_simt",
+    **{unit: unit for unit in WGMMA_UNITS},
     "shared_gate": "gate",
     "combine": "combine",
 }
@@ -40,7 +47,21 @@ def gpu_is_there() -> bool:
 @cache
 def modules() -> dict[str, Any]:
     """Return the RawModules by translation unit; constructing them compiles nothing."""
-    return {unit: cupy.RawModule(code=unit_source(unit), options=OPTIONS) for unit in UNITS}
+    portable = {unit: cupy.RawModule(code=unit_source(unit), options=OPTIONS) for unit in UNITS}
+    hopper = {unit: cupy.RawModule(code=unit_source(unit), options=WGMMA_OPTIONS) for unit in WGMMA_UNITS}
+    return portable | hopper
+
+
+@cache
+def has_wgmma(device_id: int) -> bool:
+    """Return whether the Hopper kernels serve this device; if only the compiler is too old, a warning says so once."""
+    if int(cupy.cuda.Device(device_id).compute_capability) != WGMMA_COMPUTE_CAPABILITY:
+        return False
+    version = cupy.cuda.nvrtc.getVersion()
+    if version < WGMMA_NVRTC:
+        found, wanted = (".".join(map(str, v)) for v in (version, WGMMA_NVRTC))
+        log.warning("the Hopper kernels need NVRTC %s or newer, found %s; the portable kernels serve", wanted, found)
+    return bool(version >= WGMMA_NVRTC)
 
 
 def compile_all() -> None:
@@ -53,13 +74,14 @@ def compile_all() -> None:
             _failure = refuse("cumoe", "a GPU of compute capability 8.0 or newer", device.compute_capability)
             log.warning("%s; NumPy arrays still run on the CPU", _failure)
             return
-        log.info("compiling %d CUDA units for sm_%s (cached afterwards)", len(UNITS), device.compute_capability)
+        units = UNITS + (WGMMA_UNITS if has_wgmma(device.id) else ())
+        log.info("compiling %d CUDA units for sm_%s (cached afterwards)", len(units), device.compute_capability)
 
         def compile_one(module: Any) -> None:
             with cupy.cuda.Device(device.id):
                 module.compile()
 
-        first, *others = modules().values()
+        first, *others = (modules()[unit] for unit in units)
         compile_one(first)  # alone: it fills CuPy's per-process cache of the options that all units share
         with ThreadPoolExecutor(len(others)) as pool:
             list(pool.map(compile_one, others))
@@ -91,15 +113,28 @@ def kernel(name: str) -> Any:
 _allowed: dict[tuple[str, int], int] = {}  # (kernel, device) -> dynamic shared memory it may use
 
 
-def launch(name: str, grid: int, block: int, argument: Any, shared_bytes: int = 0) -> None:
-    """Launch a kernel with one by-value struct on the current stream of the current device."""
+def launch(name: str, grid: int, block: int, argument: Any, shared_bytes: int = 0, *, overlap: bool = False) -> None:
+    """Launch a kernel with one by-value struct on the current stream of the current device.
+
+    `overlap` lets it begin before the previous kernel has ended, where the GPU can; it has to wait by itself then.
+    """
     function = kernel(name)
     if shared_bytes > 48 * 1024:
         key = (name, cupy.cuda.runtime.getDevice())
         if _allowed.get(key, 0) < shared_bytes:
             function.max_dynamic_shared_size_bytes = shared_bytes
             _allowed[key] = shared_bytes
-    function((grid,), (block,), (argument,), shared_mem=shared_bytes)
+    if overlap and can_overlap(cupy.cuda.runtime.getDevice()):
+        stream = cupy.cuda.get_current_stream().ptr
+        launch_overlapping(function.kernel.ptr, grid, block, shared_bytes, stream, argument.ctypes.data)
+    else:
+        function((grid,), (block,), (argument,), shared_mem=shared_bytes)
+
+
+@cache
+def can_overlap(device_id: int) -> bool:
+    """Return whether kernels on this device may begin before the previous one has ended."""
+    return int(cupy.cuda.Device(device_id).compute_capability) >= OVERLAP_COMPUTE_CAPABILITY
 
 
 @cache

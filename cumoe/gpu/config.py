@@ -3,30 +3,49 @@
 from typing import NamedTuple
 
 THREADS = 256
+WARPGROUP = 128
 
 
 class TileConfig(NamedTuple):
     """One way to compute a grouped GEMM; the numbers are those of kernels/grouped_gemm_*."""
 
-    engine: str  # "mma": tensor cores, 16-bit, aligned; "simt": float32 units, anything
+    engine: str  # "wgmma": Hopper; "mma": tensor cores; both 16-bit, aligned; "simt": float32 units, anything
     block_m: int  # rows of a tile
     half: int  # weight rows in one of the two halves of a tile
     block_k: int
     stages: int  # tiles in dynamic shared memory; simt keeps its single one in static shared memory
     blocks_per_sm: int
 
+    @property
+    def threads(self) -> int:
+        """Threads of a block; with wgmma a warpgroup that brings operands and one for every 64 rows of a half."""
+        return WARPGROUP * (1 + self.half // 64) if self.engine == "wgmma" else THREADS
+
     def shared_bytes(self, num_groups: int) -> int:
-        """Return the dynamic shared memory: the pipeline's stages, then a tile offset (int64) a group and one more."""
-        return self.stages * (self.block_m + 2 * self.half) * self.block_k * 2 + 8 * (num_groups + 1)
+        """Return the dynamic shared memory: the pipeline's stages, then a tile offset a group and one more.
+
+        With wgmma the stages begin at a multiple of 1024, and between them and the offsets (int32, else int64) lies a
+        slab of results for each warpgroup that multiplies.
+        """
+        stages = self.stages * (self.block_m + 2 * self.half) * self.block_k * 2
+        if self.engine != "wgmma":
+            return stages + 8 * (num_groups + 1)
+        return 1024 + stages + self.half // 64 * self.block_m * 128 + 4 * (num_groups + 1)
 
 
 CONFIGS = (
+    TileConfig("wgmma", block_m=32, half=64, block_k=64, stages=5, blocks_per_sm=2),
+    TileConfig("wgmma", block_m=64, half=128, block_k=64, stages=5, blocks_per_sm=1),
+    TileConfig("wgmma", block_m=192, half=128, block_k=64, stages=3, blocks_per_sm=1),
     TileConfig("mma", block_m=16, half=64, block_k=64, stages=4, blocks_per_sm=3),
     TileConfig("mma", block_m=64, half=64, block_k=64, stages=3, blocks_per_sm=2),
     TileConfig("mma", block_m=128, half=128, block_k=32, stages=3, blocks_per_sm=1),
     TileConfig("simt", block_m=64, half=32, block_k=16, stages=0, blocks_per_sm=2),
 )
 """Every tile that a kernel is compiled for, the smaller ones of an engine first."""
+
+WGMMA_MEAN_ROWS = {32: 8, 64: 24, 192: 0}
+"""Up to how many rows an expert has on average a wgmma tile is chosen, by its rows; beyond all, the last one."""
 
 
 class StackSizes(NamedTuple):
@@ -39,11 +58,12 @@ class StackSizes(NamedTuple):
 
 
 def select_config(engine: str, stacks: tuple[StackSizes, ...]) -> TileConfig:
-    """Return the smallest tile that holds the mean number of rows of an expert of the first stack, or the largest."""
+    """Return the smallest tile that suits the mean number of rows of an expert of the first stack, or the largest."""
     first = stacks[0]
     mean_rows = -(-first.num_rows // first.num_experts)
     configs = [config for config in CONFIGS if config.engine == engine]
-    return next((config for config in configs if config.block_m >= mean_rows), configs[-1])
+    limits = WGMMA_MEAN_ROWS if engine == "wgmma" else {config.block_m: config.block_m for config in configs}
+    return next((config for config in configs if limits[config.block_m] >= mean_rows), configs[-1])
 
 
 def max_tiles(config: TileConfig, stacks: tuple[StackSizes, ...]) -> int:

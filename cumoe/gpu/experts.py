@@ -8,7 +8,7 @@ from cumoe.data.groups import Groups
 from cumoe.data.routing import Routing
 from cumoe.data.weights import ExpertWeights, SharedExperts
 from cumoe.door.arrays import cupy
-from cumoe.gpu.compile import launch
+from cumoe.gpu.compile import has_wgmma, launch
 from cumoe.gpu.stacks import ExpertStack, run, strides, weight_order
 from cumoe.gpu.structs import Struct
 
@@ -30,15 +30,19 @@ def buffers(num_tokens: int, top_k: int, weights: ExpertWeights, shared: tuple[S
     """Return name, shape and dtype of everything that the projections write.
 
     Hidden rows that tensor cores will read have the dtype of the weights and a pitch that is a multiple of 8, all
-    others are float32; expert rows are float32, so that the combine rounds once.
+    others are float32. Expert rows are float32, so that the combine rounds once; where the Hopper kernels write them
+    they have the dtype of the weights, which halves the memory that the combine reads.
     """
     float32, hidden_size = np.dtype(np.float32), weights.w_down.shape[1]
     shared_weights = [own for member in shared for own in member.weights]
     num_shared = len(shared_weights)
+    on_hopper = has_wgmma(weights.w_down.device.id) and hidden_size % 8 == 0
+    narrow = on_hopper and all(map(_on_tensor_cores, (weights, *shared_weights)))
+    row_dtype = weights.w_down.dtype if narrow else float32
     wanted: Buffers = {
         "hidden": _hidden_buffer(num_tokens * top_k, weights),
-        "rows": ((num_tokens * top_k, hidden_size), float32),
-        "shared_rows": ((num_shared, num_tokens, hidden_size), float32),
+        "rows": ((num_tokens * top_k, hidden_size), row_dtype),
+        "shared_rows": ((num_shared, num_tokens, hidden_size), row_dtype),
         "shared_gates": ((num_shared, num_tokens), float32),
     }
     for s, own in enumerate(shared_weights):
@@ -47,9 +51,13 @@ def buffers(num_tokens: int, top_k: int, weights: ExpertWeights, shared: tuple[S
 
 
 def _hidden_buffer(num_rows: int, weights: ExpertWeights) -> tuple[tuple[int, ...], np.dtype]:
-    on_tensor_cores = weight_order(weights.w_down, "ungated") and weights.w_down.shape[1] >= MIN_HIDDEN_SIZE
-    dtype = weights.w_down.dtype if on_tensor_cores else np.dtype(np.float32)
+    dtype = weights.w_down.dtype if _on_tensor_cores(weights) else np.dtype(np.float32)
     return (num_rows, -(-weights.intermediate_size // 8) * 8), dtype
+
+
+def _on_tensor_cores(weights: ExpertWeights) -> bool:
+    """Whether tensor cores compute the down projection."""
+    return bool(weight_order(weights.w_down, "ungated")) and weights.w_down.shape[1] >= MIN_HIDDEN_SIZE
 
 
 def forward(
@@ -97,8 +105,8 @@ def forward(
             first.append(_gate_up(x, own, hidden, num_rows=num_tokens))
             second.append(_down(hidden, own, out["shared_rows"][s], num_rows=num_tokens, scale_out=gates))
             s += 1
-    run(first)
-    run(second)
+    run(first, next_position=out["next_positions"][:1])
+    run(second, weights_first=True, next_position=out["next_positions"][1:])
     return out["rows"], out["shared_rows"]
 
 

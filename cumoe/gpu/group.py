@@ -9,7 +9,7 @@ from cumoe.door.arrays import cupy
 from cumoe.gpu.compile import launch
 from cumoe.gpu.structs import Struct
 
-WARPS = 8
+WARPS = 32
 THREADS = WARPS * 32
 ONE_BLOCK_SLOTS = 4096
 """Up to here one block counts and places in one launch."""
@@ -17,7 +17,7 @@ MAX_BLOCKS = 128
 """Every block reads the counts of all others: more blocks would read more than they place."""
 
 LAUNCH = Struct(
-    pointer=("topk_ids", "permutation", "inverse_permutation", "expert_offsets", "tokens_per_expert", "counts"),
+    pointer=("topk_ids", "permutation", "inverse_permutation", "expert_offsets", "tokens_per_expert", "counts", "next_positions"),
     int32=("num_slots", "num_experts", "slots_per_block", "padding"),
 )
 
@@ -35,6 +35,7 @@ def buffers(num_tokens: int, top_k: int, num_experts: int) -> dict[str, tuple[tu
         "expert_offsets": ((num_experts + 1,), int32),
         "tokens_per_expert": ((num_experts,), int32),
         "inverse_permutation": ((num_tokens, top_k), int32),
+        "next_positions": ((2,), int32),
         "counts": ((num_blocks(num_tokens * top_k), num_experts + 1), int32),
     }
 
@@ -55,6 +56,7 @@ def group(ids: Any, num_experts: int, out: dict[str, Any] | None = None) -> Grou
         topk_ids=ids,
         **groups._asdict(),
         counts=out["counts"],
+        next_positions=out["next_positions"],
         num_slots=num_slots,
         num_experts=num_experts,
         slots_per_block=-(-num_slots // (blocks * THREADS)) * THREADS,
@@ -63,5 +65,5 @@ def group(ids: Any, num_experts: int, out: dict[str, Any] | None = None) -> Grou
     counters = 4 * (num_experts + 1)
     if blocks > 1:
         launch("group_count", blocks, THREADS, argument, WARPS * counters)
-    launch("group_place", blocks, THREADS, argument, (WARPS + 1) * counters)
+    launch("group_place", blocks, THREADS, argument, (WARPS + 2) * counters)
     return groups

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 
 from cumoe.data.activation import CLAMPS, NAMES, Activation
+from cumoe.data.weights import Layout
 from cumoe.door.arrays import cupy
-from cumoe.gpu.compile import launch, num_multiprocessors
-from cumoe.gpu.config import THREADS, StackSizes, grid_size, select_config
+from cumoe.gpu.compile import has_wgmma, launch, num_multiprocessors
+from cumoe.gpu.config import CONFIGS, StackSizes, TileConfig, grid_size, max_tiles, select_config
 from cumoe.gpu.structs import Struct, by_value
+from cumoe.gpu.tensor_map import MAP_BYTES, row_map, weight_map
 
 MAX_STACKS = 8
 PAIRINGS = ("ungated", "stacked", "interleaved")
@@ -24,8 +26,10 @@ STACK = Struct(
     int32_2=("padding",),
 )
 LAUNCH_BYTES = STACK.itemsize * MAX_STACKS + 8
+WGMMA_LAUNCH_BYTES = -(-(3 * MAP_BYTES * MAX_STACKS + LAUNCH_BYTES) // 64) * 64
 
 LINEAR = Activation("identity")
+SMALLEST_WGMMA_TILE = next(config for config in CONFIGS if config.engine == "wgmma")
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class ExpertStack:
     scale_in: Any = None
     scale_out: Any = None
     slots_per_a_row: int = 0
-    layout: str = "ungated"
+    layout: Layout = "ungated"
     activation: Activation = LINEAR
 
     @property
@@ -51,12 +55,28 @@ class ExpertStack:
         return StackSizes(self.w.shape[0], self.num_rows, self.w.shape[1], self.layout == "stacked")
 
     @property
-    def kernel(self) -> tuple[str, str, str]:
-        """Return (engine, dtypes, weight order) of the kernel that serves this stack."""
+    def kernel(self) -> tuple[str, ...]:
+        """Return the engine of the kernel that serves this stack, then what tells its kernels apart besides the tile."""
         order = weight_order(self.w, self.layout)
-        if order and self.a.dtype == self.w.dtype and _rows_are_aligned(self.a):
-            return "mma", self.w.dtype.name, order
-        return "simt", f"{self.a.dtype.name}_{self.w.dtype.name}", ""
+        stores_float32 = self.c.dtype == np.float32
+        if not (order and self.a.dtype == self.w.dtype and _rows_are_aligned(self.a)):
+            return "simt", f"{self.a.dtype.name}_{self.w.dtype.name}", str(stores_float32)
+        if not stores_float32 and self._suits_wgmma(order):
+            return "wgmma", self.w.dtype.name, order, "single" if self.layout == "ungated" else "paired"
+        return "mma", self.w.dtype.name, order, str(stores_float32)
+
+    def _suits_wgmma(self, order: str) -> bool:
+        """Whether the Hopper kernels serve: see grouped_gemm_wgmma.cuh for what they need."""
+        features = self.w.shape[1] if self.layout == "ungated" else self.w.shape[1] // 2
+        rows_span = self.a.shape[0] * strides(self.a)[0]
+        return (
+            has_wgmma(self.w.device.id)
+            and not (order == "row_major" and self.layout == "interleaved")
+            and features % 8 == 0
+            and _rows_are_aligned(self.c)
+            and 0 <= rows_span < 2**35  # offsets of rows are uint32, in units of 16 bytes
+            and max_tiles(SMALLEST_WGMMA_TILE, (self.sizes,)) < 2**27  # tile numbers of 8 stacks fit into int32
+        )
 
     def pack(self) -> bytes:
         """Return the bytes of the C struct."""
@@ -119,22 +139,46 @@ def _rows_are_aligned(a: Any) -> bool:
     return a.data.ptr % 16 == 0 and col == 1 and row % 8 == 0
 
 
-def run(stacks: Iterable[ExpertStack]) -> None:
-    """Launch the grouped GEMM of all stacks: a launch for each kernel that is needed, and every `MAX_STACKS` stacks."""
-    launches: dict[tuple[str, str, str, bool], list[ExpertStack]] = {}
+def run(stacks: Iterable[ExpertStack], *, weights_first: bool = False, next_position: Any = None) -> None:
+    """Launch the grouped GEMM of all stacks: a launch for each kernel that is needed, and every `MAX_STACKS` stacks.
+
+    `weights_first` says that the offsets, permutations and scales are older than the previous launch on the stream, so
+    that weights may be read before its end.
+    """
+    launches: dict[tuple[str, ...], list[ExpertStack]] = {}
     for stack in stacks:
         if stack.num_rows > 0:
-            launches.setdefault((*stack.kernel, stack.c.dtype == np.float32), []).append(stack)
-    for key, members in launches.items():
+            launches.setdefault(stack.kernel, []).append(stack)
+    # Only one launch can count its tiles there.
+    counter = next_position.data.ptr if next_position is not None and len(launches) == 1 else None
+    for (engine, *variant), members in launches.items():
         for first in range(0, len(members), MAX_STACKS):
-            _launch(*key, members[first : first + MAX_STACKS])
+            _launch(engine, variant, members[first : first + MAX_STACKS], weights_first, counter)
 
 
-def _launch(engine: str, dtypes: str, order: str, stores_float32: bool, stacks: list[ExpertStack]) -> None:
+def _launch(
+    engine: str, variant: list[str], stacks: list[ExpertStack], weights_first: bool, next_position: int | None
+) -> None:
     sizes = tuple(stack.sizes for stack in stacks)
     config = select_config(engine, sizes)
     packed = b"".join(stack.pack() for stack in stacks).ljust(STACK.itemsize * MAX_STACKS, b"\0")
-    argument = by_value(packed + struct.pack("=2i", len(stacks), stores_float32))
-    name = f"grouped_gemm_{engine}_{dtypes}" + (f"_{config.block_m}_{order}" if engine == "mma" else "")
+    packed += struct.pack("=2i", len(stacks), stacks[0].c.dtype == np.float32)
+    if engine == "wgmma":
+        dtype, order, pairing = variant
+        name = f"grouped_gemm_wgmma_{dtype}_{order}_{config.block_m}x{2 * config.half}_{pairing}"
+        packed = _maps(stacks, order, config) + packed + struct.pack("=Qi", next_position or 0, weights_first)
+        packed = packed.ljust(WGMMA_LAUNCH_BYTES, b"\0")
+    elif engine == "mma":
+        dtype, order, _ = variant
+        name = f"grouped_gemm_mma_{dtype}_{config.block_m}_{order}"
+    else:
+        name = f"grouped_gemm_simt_{variant[0]}"
     grid = grid_size(config, sizes, num_multiprocessors(cupy.cuda.runtime.getDevice()))
-    launch(name, grid, THREADS, argument, config.shared_bytes(sum(size.num_experts for size in sizes)))
+    shared_bytes = config.shared_bytes(sum(size.num_experts for size in sizes))
+    launch(name, grid, config.threads, by_value(packed), shared_bytes, overlap=engine == "wgmma")
+
+
+def _maps(stacks: list[ExpertStack], order: str, config: TileConfig) -> bytes:
+    maps = [weight_map(stack.w, strides(stack.w), stack.layout, order, config.half) for stack in stacks]
+    rows = [row_map(stack.a, strides(stack.a), box) for stack in stacks for box in (64, 16)]
+    return b"".join(maps).ljust(MAP_BYTES * MAX_STACKS, b"\0") + b"".join(rows).ljust(2 * MAP_BYTES * MAX_STACKS, b"\0")

@@ -1,0 +1,92 @@
+"""Tensor maps: how TMA reads the weights, encoded once for each weight array by the CUDA driver."""
+
+import ctypes
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from cumoe.data.weights import Layout
+from cumoe.gpu.driver import driver
+
+MAP_BYTES = 128
+RUN = 64  # rows of 128 bytes in a shared-memory box, and elements in one of them
+
+_ENCODED_DTYPES = {"float16": 6, "bfloat16": 9}  # CUtensorMapDataType
+_NO_INTERLEAVE, _SWIZZLE_128B, _PROMOTE_TO_L2_256B, _FILL_ZEROS = 0, 3, 3, 0
+_RANK = 4
+
+
+def weight_map(w: Any, strides: tuple[int, ...], layout: Layout, order: str, half_rows: int) -> bytes:
+    """Return the 128 bytes of the map of a weight array.
+
+    Parameters
+    ----------
+    w : (num_experts, weight_rows, inner) CuPy array, 16 bits
+    strides : tuple of int
+        Its strides in elements; those of axes of length 1 do not matter.
+    layout : str
+        "stacked" and "interleaved" pairs get an axis of length 2, which chooses gate or up; "ungated" one of length 1.
+    order : {"inner_major", "row_major"}
+    half_rows : int
+        Weight rows in one of the two halves of a tile.
+
+    Raises
+    ------
+    RuntimeError
+        If the driver refuses; the text names the arguments.
+    """
+    num_experts, weight_rows, inner = w.shape
+    expert_stride, row_stride, inner_stride = strides
+    halves = 1 if layout == "ungated" else 2
+    rows = weight_rows // halves
+    between_halves = {"ungated": 8, "stacked": rows * row_stride, "interleaved": row_stride}[layout]
+    if layout == "interleaved":
+        row_stride *= 2
+    if order == "inner_major":
+        lengths, steps, box = (inner, rows), (row_stride,), (RUN, half_rows)
+    else:
+        lengths, steps, box = (rows, inner), (inner_stride,), (RUN, RUN)
+    lengths = (*lengths, halves, num_experts)
+    # An axis of length 1 is never walked, but its stride has to be a positive multiple of 16 bytes all the same.
+    steps = tuple(
+        step if length > 1 else 8
+        for step, length in zip((*steps, between_halves, expert_stride), lengths[1:], strict=True)
+    )
+    return _encode(w.data.ptr, w.dtype.name, lengths, tuple(2 * step for step in steps), (*box, 1, 1))
+
+
+def row_map(a: Any, strides: tuple[int, ...], box_rows: int) -> bytes:
+    """Return the 128 bytes of the map of activations (num_rows, inner), read in boxes of `box_rows` rows."""
+    num_rows, inner = a.shape
+    lengths, steps = (inner, num_rows, 1, 1), (max(strides[0], 8), 8, 8)
+    return _encode(a.data.ptr, a.dtype.name, lengths, tuple(2 * step for step in steps), (RUN, box_rows, 1, 1))
+
+
+@lru_cache(maxsize=1024)
+def _encode(
+    pointer: int, dtype: str, lengths: tuple[int, ...], steps: tuple[int, ...], box: tuple[int, ...]
+) -> bytes:
+    buffer = np.zeros(MAP_BYTES + 64, np.uint8)
+    aligned = -buffer.ctypes.data % 64  # the driver wants the map at a multiple of 64
+    uint64, uint32 = ctypes.c_uint64, ctypes.c_uint32
+    status = driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(buffer.ctypes.data + aligned),
+        _ENCODED_DTYPES[dtype],
+        len(lengths),
+        ctypes.c_void_p(pointer),
+        (uint64 * len(lengths))(*lengths),
+        (uint64 * len(steps))(*steps),
+        (uint32 * len(box))(*box),
+        (uint32 * len(box))(*[1] * len(box)),
+        _NO_INTERLEAVE,
+        _SWIZZLE_128B,
+        _PROMOTE_TO_L2_256B,
+        _FILL_ZEROS,
+    )
+    if status:
+        raise RuntimeError(
+            f"cumoe: cuTensorMapEncodeTiled returned {status} for {dtype} of {lengths}, steps {steps} bytes, box {box}"
+        )
+    return buffer[aligned : aligned + MAP_BYTES].tobytes()
+
