@@ -29,7 +29,7 @@ template <int N> __device__ __forceinline__ void phi(int name, float alpha, floa
   switch (name) {
     case SILU:
 #pragma unroll
-      for (int i = 0; i < N; ++i) g[i] = g[i] / (1.0f + expf(-alpha * g[i]));
+      for (int i = 0; i < N; ++i) g[i] = __fdividef(g[i], 1.0f + expf(-alpha * g[i]));
       break;
     case GELU:  // erfc keeps the relative accuracy of the negative tail, where 1 + erf cancels
 #pragma unroll

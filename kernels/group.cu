@@ -5,9 +5,10 @@
 //   expert_offsets[e]       first sorted row of expert e; [num_experts] = number of slots that have one
 //
 //   grid     group_count and group_place: the same blocks, each owns a run of `slots_per_block` slots
-//   block    1024 threads; each warp owns a contiguous part of the block's run, which it walks 32 slots at a time
-//   smem     (32 + 2) x (num_experts + 1) counters: one histogram a warp, the block's first rows, and the rows of earlier
-//            blocks; 136 KiB at 1024 experts
+//   block    1024 threads, or 256 for at most 1024 slots; each warp owns a contiguous part of the block's run, which it walks 32 slots at a time
+//   smem     (WARPS + 2) x (num_experts + 1) counters: one histogram a warp, the block's first rows, and the rows of earlier
+//            blocks; 136 KiB with 32 warps and 1024
+//            experts
 //
 // One block needs no group_count: it is the only column of the matrix of counts. All positions follow from integer
 // counts in slot order; there is no atomic, so the order is stable and the same on every run.
@@ -20,7 +21,8 @@
 
 namespace group {
 
-constexpr int WARPS = 32, THREADS = WARPS * WARP;
+constexpr int AHEAD = 4;  // ids that a lane has asked for before it looks at the first
+
 
 struct GroupLaunch {
   const int* topk_ids;       // (num_slots)
@@ -42,7 +44,7 @@ __device__ __forceinline__ int bin_of(const GroupLaunch& p, int slot) {
 
 struct Run { int begin, end; };  // slots of this warp
 
-__device__ __forceinline__ Run run_of_warp(const GroupLaunch& p) {
+template <int WARPS> __device__ __forceinline__ Run run_of_warp(const GroupLaunch& p) {
   int64 warp_slots = p.slots_per_block / WARPS;
   int64 begin = (int64)blockIdx.x * p.slots_per_block + threadIdx.x / WARP * warp_slots, end = begin + warp_slots;
   int64 last = p.num_slots;
@@ -51,45 +53,54 @@ __device__ __forceinline__ Run run_of_warp(const GroupLaunch& p) {
 
 // Walks the warp's slots in order, 32 at a time: visit(valid, slot, bin, rank among the equals of these 32, number of
 // equals) is called by all lanes together, and what it writes to shared memory is seen by the next 32.
-template <typename Visit> __device__ __forceinline__ void walk(const GroupLaunch& p, Visit visit) {
+template <int WARPS, typename Visit> __device__ __forceinline__ void walk(const GroupLaunch& p, Visit visit) {
   int lane = threadIdx.x % WARP;
-  Run run = run_of_warp(p);
-  for (int first = run.begin; first < run.end; first += WARP) {
-    int slot = first + lane;
-    bool valid = slot < run.end;
-    int bin = valid ? bin_of(p, slot) : -1;
-    uint32 equals = __match_any_sync(FULL_MASK, bin);
-    int rank = __popc(equals & ((1u << lane) - 1));
-    visit(valid, slot, bin, rank, __popc(equals));
-    __syncwarp();
+  Run run = run_of_warp<WARPS>(p);
+  int num_slots = run.end - run.begin;
+  for (int first = 0; first < num_slots; first += AHEAD * WARP) {
+    int bins[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+      int offset = first + i * WARP + lane;
+      bins[i] = offset < num_slots ? bin_of(p, run.begin + offset) : -1;
+    }
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+      uint32 equals = __match_any_sync(FULL_MASK, bins[i]);
+      int rank = __popc(equals & ((1u << lane) - 1));
+      visit(bins[i] >= 0, run.begin + first + i * WARP + lane, bins[i], rank, __popc(equals));
+      __syncwarp();
+    }
   }
 }
 
 // (WARPS, num_bins) histograms of the warps' runs.
-__device__ __forceinline__ void count(const GroupLaunch& p, int* histograms) {
+template <int WARPS> __device__ __forceinline__ void count(const GroupLaunch& p, int* histograms) {
   int num_bins = p.num_experts + 1;
-  for (int i = threadIdx.x; i < WARPS * num_bins; i += THREADS) histograms[i] = 0;
+  for (int i = threadIdx.x; i < WARPS * num_bins; i += WARPS * WARP) histograms[i] = 0;
   __syncthreads();
   int* histogram = histograms + threadIdx.x / WARP * num_bins;
-  walk(p, [&](bool valid, int, int bin, int rank, int equals) { if (valid && rank == 0) histogram[bin] += equals; });
+  walk<WARPS>(p, [&](bool valid, int, int bin, int rank, int equals) { if (valid && rank == 0) histogram[bin] += equals; });
   __syncthreads();
 }
 
-__device__ __forceinline__ int block_total(const int* histograms, int num_bins, int bin) {
+template <int WARPS> __device__ __forceinline__ int block_total(const int* histograms, int num_bins, int bin) {
   int total = 0;
   for (int warp = 0; warp < WARPS; ++warp) total += histograms[warp * num_bins + bin];
   return total;
 }
 
+template <int WARPS>
 __device__ __forceinline__ void place(const GroupLaunch& p, int* histograms, int* first_rows, int* earlier_rows) {
+  constexpr int THREADS = WARPS * WARP;
   int num_bins = p.num_experts + 1, num_blocks = gridDim.x;
   launch_next_kernel();  // an ordinary launch: everything older is complete already
-  count(p, histograms);
+  count<WARPS>(p, histograms);
   // Rows of each bin in all blocks and in earlier ones, then the first row of each bin.
   for (int bin = threadIdx.x; bin < num_bins; bin += THREADS) {
     int total = 0, before = 0;
     if (num_blocks == 1) {
-      total = block_total(histograms, num_bins, bin);
+      total = block_total<WARPS>(histograms, num_bins, bin);
     } else {
 #pragma unroll 8
       for (int block = 0; block < num_blocks; ++block) {
@@ -120,7 +131,7 @@ __device__ __forceinline__ void place(const GroupLaunch& p, int* histograms, int
   }
   __syncthreads();
   int* next_row = histograms + threadIdx.x / WARP * num_bins;
-  walk(p, [&](bool valid, int slot, int bin, int rank, int equals) {
+  walk<WARPS>(p, [&](bool valid, int slot, int bin, int rank, int equals) {
     int row = valid ? next_row[bin] + rank : 0;
     __syncwarp();  // every equal has read the row before the first of them moves it
     if (!valid) return;
@@ -132,16 +143,20 @@ __device__ __forceinline__ void place(const GroupLaunch& p, int* histograms, int
 
 }  // namespace group
 
-extern "C" __global__ void __launch_bounds__(group::THREADS) group_count(const __grid_constant__ group::GroupLaunch launch) {
+extern "C" __global__ void __launch_bounds__(1024) group_count(const __grid_constant__ group::GroupLaunch launch) {
   extern __shared__ int histograms[];  // (WARPS, num_experts + 1)
   int num_bins = launch.num_experts + 1;
-  group::count(launch, histograms);
-  for (int bin = threadIdx.x; bin < num_bins; bin += group::THREADS)
-    launch.counts[(int64)blockIdx.x * num_bins + bin] = group::block_total(histograms, num_bins, bin);
+  group::count<32>(launch, histograms);
+  for (int bin = threadIdx.x; bin < num_bins; bin += blockDim.x)
+    launch.counts[(int64)blockIdx.x * num_bins + bin] = group::block_total<32>(histograms, num_bins, bin);
 }
 
-extern "C" __global__ void __launch_bounds__(group::THREADS) group_place(const __grid_constant__ group::GroupLaunch launch) {
-  extern __shared__ int histograms[];  // (WARPS, num_experts + 1) counters, then twice (num_experts + 1) rows
-  int num_bins = launch.num_experts + 1;
-  group::place(launch, histograms, histograms + group::WARPS * num_bins, histograms + (group::WARPS + 1) * num_bins);
-}
+#define GROUP_PLACE(NAME, WARPS)                                                                                  \
+  extern "C" __global__ void __launch_bounds__(WARPS * WARP) NAME(const __grid_constant__ group::GroupLaunch launch) { \
+    extern __shared__ int histograms[]; /* (WARPS, num_experts + 1) counters, then twice (num_experts + 1) rows */    \
+    int num_bins = launch.num_experts + 1;                                                                        \
+    group::place<WARPS>(launch, histograms, histograms + WARPS * num_bins, histograms + (WARPS + 1) * num_bins);  \
+  }
+
+GROUP_PLACE(group_place, 32)
+GROUP_PLACE(group_place_few, 8)

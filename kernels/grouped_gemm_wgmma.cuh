@@ -1,7 +1,7 @@
 // grouped_gemm_wgmma: C[rows(e)] = epilogue(A[rows(e)] @ W[e]^T) for every expert e of every stack; 16-bit types, sm_90a.
 //
 // Weights are the M operand of wgmma and tokens the N operand, so that a tile takes as many tokens as an expert happens to
-// have, in steps of 16 up to MAX_ROWS; the same kernel streams weights for one token and fills the tensor cores for many.
+// have, in steps of 8 up to MAX_ROWS; the same kernel streams weights for one token and fills the tensor cores for many.
 //
 //   grid       persistent blocks; a work unit is (stack, expert, run of rows, weight block), see Tiling
 //   block      warpgroup 0 brings the operands: thread 0 asks TMA for weights and for rows that are neighbours; rows that
@@ -9,7 +9,7 @@
 //              CONSUMERS further warpgroups multiply and finish
 //   tile       a consumer owns two runs of 64 weight rows: gate and up rows of the same features, or neighbours; a lane
 //              therefore holds both halves of a pair
-//   smem       STAGES x (2 HALF_ROWS + MAX_ROWS) rows of 64 inner positions (128 bytes, swizzled as wgmma wants them),
+//   smem       num_stages x (2 HALF_ROWS + MAX_ROWS) rows of 64 inner positions (128 bytes, swizzled as wgmma wants them),
 //              a slab of MAX_ROWS x 64 results a consumer, RING descriptions of tiles with their row factors, tile offsets
 //
 //   barrier       count            a phase ends when
@@ -38,6 +38,7 @@ struct WgmmaLaunch {
   TensorMap a_maps[MAX_STACKS][2];  // (1, 1, row, inner), boxes of 64 and of 16 rows
   GemmLaunch gemm;
   int* next_position;  // how many tiles beyond the first of each block are taken, zero at the beginning; or null
+  int num_stages;
   int weights_first;  // 1: tiles follow from what is older than the previous kernel, so that weights may come before its end
 };
 static_assert(sizeof(WgmmaLaunch) == 4416, "cumoe/gpu/stacks.py packs 2368 bytes");
@@ -45,15 +46,15 @@ static_assert(sizeof(WgmmaLaunch) == 4416, "cumoe/gpu/stacks.py packs 2368 bytes
 namespace hopper {
 
 constexpr int BLOCK_K = 64, ROW_BYTES = BLOCK_K * 2, RUN = 64, RUN_BYTES = RUN * ROW_BYTES;
-constexpr int PRODUCERS = 128, WARPGROUP = 128, RING = 2;
-#ifndef CUMOE_BAND
-#define CUMOE_BAND 4
-#endif
-constexpr int BAND = CUMOE_BAND;  // weight blocks that are walked together over all row blocks of an expert
+constexpr int SLAB_PITCH = RUN + 4;  // floats; the pad spreads the rows of four lanes over all banks
+constexpr int PRODUCERS = 128, WARPGROUP = 128, RING = 2, MAX_STAGES = 10;
+constexpr int BAND = 4;  // weight blocks that are walked together over all row blocks of an expert
+
+__device__ constexpr int max_of(int a, int b) { return a > b ? a : b; }
 
 // cumoe/gpu/config.py has the same numbers.
-template <int ROWS, int CONSUMER_GROUPS, int NUM_STAGES, int BLOCKS> struct TileShape {
-  static constexpr int MAX_ROWS = ROWS, CONSUMERS = CONSUMER_GROUPS, STAGES = NUM_STAGES, BLOCKS_PER_SM = BLOCKS;
+template <int ROWS, int CONSUMER_GROUPS, int BLOCKS> struct TileShape {
+  static constexpr int MAX_ROWS = ROWS, CONSUMERS = CONSUMER_GROUPS, BLOCKS_PER_SM = BLOCKS;
 };
 
 // An expert's rows are cut into even runs, multiples of 8 rows.
@@ -63,25 +64,6 @@ template <int MAX_ROWS, int HALF_ROWS> struct Tiling {
   }
   __device__ __forceinline__ static int tiles(const ExpertStack& stack, int num_rows) {
     return ceil_div(num_rows, MAX_ROWS) * weight_blocks(stack);
-  }
-};
-
-// The tiles of the first stack and those of all others, mixed evenly: a shared expert has many rows and keeps the tensor
-// cores busy in the time in which the routed experts, with few rows each, wait for memory.
-struct Interleave {
-  int first;     // tiles of the first stack
-  uint64 ratio;  // share of the others times 2^32, rounded up: exactly all of them come in `total` positions
-
-  __device__ __forceinline__ Interleave(int total, int first)
-      : first(first), ratio(total ? (((uint64)(total - first) << 32) + total - 1) / total : 0) {}
-  __device__ __forceinline__ int tile_at(int position) const {
-#if CUMOE_NOMIX == 1
-    return position;
-#elif CUMOE_NOMIX == 2
-    return position;
-#endif
-    int others = (int)(position * ratio >> 32), others_after = (int)((position + 1) * ratio >> 32);
-    return others_after > others ? first + others : position - others;
   }
 };
 
@@ -95,24 +77,24 @@ struct TileInfo {
   int weight_block, k_blocks;
 };
 
-template <int MAX_ROWS> struct RingPlace {
+template <int MAX_ROWS> struct alignas(16) RingPlace {  // rows of float2 are read from it
   float scale_in[MAX_ROWS], scale_out[MAX_ROWS];
   uint32 offsets[MAX_ROWS];  // where the rows of A begin, in units of 16 bytes
   TileInfo tile;
 };
 
 template <typename T, typename Shape, WeightOrder ORDER, bool PAIRED> struct GroupedGemm {
-  static constexpr int MAX_ROWS = Shape::MAX_ROWS, CONSUMERS = Shape::CONSUMERS, STAGES = Shape::STAGES, THREADS = PRODUCERS + CONSUMERS * WARPGROUP;
+  static constexpr int MAX_ROWS = Shape::MAX_ROWS, CONSUMERS = Shape::CONSUMERS, THREADS = PRODUCERS + CONSUMERS * WARPGROUP;
   static constexpr int HALF_ROWS = CONSUMERS * RUN, HALF_BYTES = HALF_ROWS * ROW_BYTES;
   static constexpr int A_BYTES = MAX_ROWS * ROW_BYTES, W_BYTES = 2 * HALF_BYTES, STAGE_BYTES = W_BYTES + A_BYTES;
-  static constexpr int SLAB_BYTES = MAX_ROWS * RUN * 2;
+  static constexpr int SLAB_BYTES = max_of(MAX_ROWS * RUN * 2, 2 * 16 * SLAB_PITCH * 4);
   static constexpr int CONSUMER_WARPS = CONSUMERS * WARPGROUP / WARP;
   static constexpr int ACCUMULATORS = MAX_ROWS / 2;
   using Tiles = Tiling<MAX_ROWS, HALF_ROWS>;
   using Schedule = Scheduler<Tiles, int, THREADS>;
   using Place = RingPlace<MAX_ROWS>;
 
-  struct Barriers { uint64 full[STAGES], empty[STAGES], told[RING], read[RING]; };
+  struct Barriers { uint64 full[MAX_STAGES], empty[MAX_STAGES], told[RING], read[RING]; };
 
   const WgmmaLaunch& launch;
   const Schedule& schedule;
@@ -125,10 +107,10 @@ template <typename T, typename Shape, WeightOrder ORDER, bool PAIRED> struct Gro
   __device__ __forceinline__ uint32 told(int place) const { return shared_address(&barriers.told[place]); }
   __device__ __forceinline__ uint32 read(int place) const { return shared_address(&barriers.read[place]); }
 
-  // A place in a ring of `length`, and the parity of the round.
-  template <int LENGTH> struct Cursor {
+  // A place in a ring, and the parity of the round.
+  struct Cursor {
     int at = 0, parity = 0;
-    __device__ __forceinline__ void advance() { if (++at == LENGTH) { at = 0; parity ^= 1; } }
+    __device__ __forceinline__ void advance(int length) { if (++at == length) { at = 0; parity ^= 1; } }
   };
 
   __device__ __forceinline__ TileInfo tile_info(int tile) const {
@@ -146,11 +128,11 @@ template <typename T, typename Shape, WeightOrder ORDER, bool PAIRED> struct Gro
   // --- producers -----------------------------------------------------------------------------------------------------
 
   __device__ __forceinline__ void bring_operands() {
-    Cursor<STAGES> stage;
-    Cursor<RING> place;
+    Cursor stage;
+    Cursor place;
     int position = blockIdx.x;
-    bool weights_first = launch.weights_first;
-    for (;; place.advance()) {
+    bool first_tile = true;
+    for (;; place.advance(RING)) {
       Place& now = ring[place.at];
       if (threadIdx.x == 0) {
         barrier_wait(read(place.at), place.parity ^ 1);
@@ -159,12 +141,14 @@ template <typename T, typename Shape, WeightOrder ORDER, bool PAIRED> struct Gro
       sync_some<1, PRODUCERS>();  // the description is written
       if (now.tile.num_rows == 0) break;
       int ahead = 0;  // inner blocks whose weights are on their way already
-      if (weights_first) {
-        weights_first = false;
+      if (first_tile) {
         if (threadIdx.x == 0)
-          for (; ahead < min(now.tile.k_blocks, STAGES); ++ahead) load_weights(now.tile, ahead, ahead);
-        wait_for_previous_kernel();
-        launch_next_kernel();
+          for (; ahead < min(now.tile.k_blocks, launch.num_stages); ++ahead) load_weights(now.tile, ahead, ahead);
+        if (launch.weights_first) {
+          wait_for_previous_kernel();
+          launch_next_kernel();
+        }
+        first_tile = false;
       }
       describe_rows(now);
       barrier_arrive(told(place.at));
@@ -177,10 +161,10 @@ template <typename T, typename Shape, WeightOrder ORDER, bool PAIRED> struct Gro
 
   // The next tile that has rows, from `position` on.
   __device__ __forceinline__ TileInfo next_tile(int& position) const {
-    Interleave interleave(schedule.num_tiles(), schedule.tile_offsets[launch.gemm.stacks[0].num_experts]);
+    int first = schedule.tile_offsets[launch.gemm.stacks[0].num_experts], others = schedule.num_tiles() - first;
     TileInfo tile{};
     while (tile.num_rows <= 0 && position < schedule.num_tiles()) {
-      tile = tile_info(interleave.tile_at(position));
+      tile = tile_info(position < others ? first + position : position - others);
       position = launch.next_position ? gridDim.x + atomicAdd(launch.next_position, 1) : position + gridDim.x;
     }
     tile.num_rows = max(tile.num_rows, 0);
@@ -219,7 +203,7 @@ template <typename T, typename Shape, WeightOrder ORDER, bool PAIRED> struct Gro
 
   // Rows of A that the permutation names: eight threads a row, 16 bytes each. The addresses stay in registers; reading them
   // again from shared memory for every inner block made this loop the bottleneck.
-  __device__ __forceinline__ void gather_rows(const Place& now, int ahead, Cursor<STAGES>& stage) const {
+  __device__ __forceinline__ void gather_rows(const Place& now, int ahead, Cursor& stage) const {
     constexpr int STEP = PRODUCERS / 8, COPIES = MAX_ROWS / STEP;  // rows between two copies of a thread
     static_assert(STEP % 8 == 0, "all rows of a thread have the same swizzle");
     const ExpertStack& stack = launch.gemm.stacks[now.tile.stack_idx];
@@ -243,12 +227,12 @@ template <typename T, typename Shape, WeightOrder ORDER, bool PAIRED> struct Gro
       barrier_arrive_after_copies(full(stage.at));
       source += BLOCK_K / 8;
       inner_left -= BLOCK_K;
-      stage.advance();
+      stage.advance(launch.num_stages);
     }
   }
 
   // Rows of A that are neighbours, in boxes of 64 and 16. What follows the expert's last row comes along and is not used.
-  __device__ __forceinline__ void load_rows(const Place& now, int ahead, Cursor<STAGES>& stage) const {
+  __device__ __forceinline__ void load_rows(const Place& now, int ahead, Cursor& stage) const {
     const TensorMap* maps = launch.a_maps[now.tile.stack_idx];
     int rows = (now.tile.num_rows + 15) / 16 * 16, first_row = now.tile.row_begin, k_blocks = now.tile.k_blocks;
 #pragma unroll 1
@@ -268,7 +252,7 @@ template <typename T, typename Shape, WeightOrder ORDER, bool PAIRED> struct Gro
       } else {
         barrier_arrive(full(stage.at));
       }
-      stage.advance();
+      stage.advance(launch.num_stages);
     }
   }
 
@@ -278,7 +262,7 @@ template <typename T, typename Shape, WeightOrder ORDER, bool PAIRED> struct Gro
 
   // acc <- the products of this consumer's two runs of weight rows with N token rows.
   template <int N>
-  __device__ __forceinline__ void multiply(int consumer, int k_blocks, Cursor<STAGES>& stage, Accumulators& acc) {
+  __device__ __forceinline__ void multiply(int consumer, int k_blocks, Cursor& stage, Accumulators& acc) {
     if constexpr (N <= MAX_ROWS) {
       constexpr int STEP = ORDER == INNER_MAJOR ? 32 : 16 * ROW_BYTES;  // 16 inner positions of the weights, in bytes
       for (int k = 0; k < k_blocks; ++k) {
@@ -295,42 +279,51 @@ template <typename T, typename Shape, WeightOrder ORDER, bool PAIRED> struct Gro
         wgmma_commit();
         wgmma_wait<0>();  // the other consumer keeps the tensor cores busy meanwhile
         if (threadIdx.x % WARP == 0) barrier_arrive(empty(stage.at));
-        stage.advance();
+        stage.advance(launch.num_stages);
       }
     }
   }
 
   __device__ __forceinline__ void multiply_and_finish(int consumer) {
-    Cursor<STAGES> stage;
-    Cursor<RING> place;
+    Cursor stage;
+    Cursor place;
     Accumulators acc;
     for (;;) {
       barrier_wait(told(place.at), place.parity);
       const TileInfo& tile = ring[place.at].tile;
       int num_rows = __shfl_sync(FULL_MASK, tile.num_rows, 0), k_blocks = __shfl_sync(FULL_MASK, tile.k_blocks, 0);
       if (num_rows == 0) break;
-      switch ((num_rows + 15) / 16) {
-        case 1:
-          if (num_rows <= 8) multiply<8>(consumer, k_blocks, stage, acc);
-          else multiply<16>(consumer, k_blocks, stage, acc);
-          break;
-        case 2: multiply<32>(consumer, k_blocks, stage, acc); break;
-        case 3: multiply<48>(consumer, k_blocks, stage, acc); break;
-        case 4: multiply<64>(consumer, k_blocks, stage, acc); break;
-        case 5: multiply<80>(consumer, k_blocks, stage, acc); break;
-        case 6: multiply<96>(consumer, k_blocks, stage, acc); break;
-        case 7: multiply<112>(consumer, k_blocks, stage, acc); break;
-        case 8: multiply<128>(consumer, k_blocks, stage, acc); break;
-        case 9: multiply<144>(consumer, k_blocks, stage, acc); break;
-        case 10: multiply<160>(consumer, k_blocks, stage, acc); break;
-        case 11: multiply<176>(consumer, k_blocks, stage, acc); break;
+      switch ((num_rows + 7) / 8) {
+        case 1: multiply<8>(consumer, k_blocks, stage, acc); break;
+        case 2: multiply<16>(consumer, k_blocks, stage, acc); break;
+        case 3: multiply<24>(consumer, k_blocks, stage, acc); break;
+        case 4: multiply<32>(consumer, k_blocks, stage, acc); break;
+        case 5: multiply<40>(consumer, k_blocks, stage, acc); break;
+        case 6: multiply<48>(consumer, k_blocks, stage, acc); break;
+        case 7: multiply<56>(consumer, k_blocks, stage, acc); break;
+        case 8: multiply<64>(consumer, k_blocks, stage, acc); break;
+        case 9: multiply<72>(consumer, k_blocks, stage, acc); break;
+        case 10: multiply<80>(consumer, k_blocks, stage, acc); break;
+        case 11: multiply<88>(consumer, k_blocks, stage, acc); break;
+        case 12: multiply<96>(consumer, k_blocks, stage, acc); break;
+        case 13: multiply<104>(consumer, k_blocks, stage, acc); break;
+        case 14: multiply<112>(consumer, k_blocks, stage, acc); break;
+        case 15: multiply<120>(consumer, k_blocks, stage, acc); break;
+        case 16: multiply<128>(consumer, k_blocks, stage, acc); break;
+        case 17: multiply<136>(consumer, k_blocks, stage, acc); break;
+        case 18: multiply<144>(consumer, k_blocks, stage, acc); break;
+        case 19: multiply<152>(consumer, k_blocks, stage, acc); break;
+        case 20: multiply<160>(consumer, k_blocks, stage, acc); break;
+        case 21: multiply<168>(consumer, k_blocks, stage, acc); break;
+        case 22: multiply<176>(consumer, k_blocks, stage, acc); break;
+        case 23: multiply<184>(consumer, k_blocks, stage, acc); break;
         default: multiply<192>(consumer, k_blocks, stage, acc);
       }
       Finish finish{launch.gemm.stacks[tile.stack_idx], ring[place.at], num_rows, consumer,
-                    smem + STAGES * STAGE_BYTES + consumer * SLAB_BYTES};
+                    smem + launch.num_stages * STAGE_BYTES + consumer * SLAB_BYTES};
       finish.store(acc);
       if (threadIdx.x % WARP == 0) barrier_arrive(read(place.at));
-      place.advance();
+      place.advance(RING);
     }
   }
 
@@ -342,12 +335,15 @@ template <typename T, typename Shape, WeightOrder ORDER, bool PAIRED> struct Gro
     int num_rows, consumer;
     uint32 slab;
 
-    enum Kind { PLAIN, SIGMOIDAL, ANY };
+    // RAMP: identity, relu, relu2 of single rows. SIGMOIDAL: silu and gelu_tanh of pairs. Both in registers; whatever else
+    // there is takes the detour of store_any.
+    enum Kind { RAMP, SIGMOIDAL, ANY };
 
     __device__ __forceinline__ Kind kind() const {
       const Activation& act = stack.activation;
-      if (!PAIRED) return act.name == IDENTITY && act.clamp == CLAMP_NONE ? PLAIN : ANY;
-      return (act.name == SILU || act.name == GELU_TANH) && act.clamp == CLAMP_NONE ? SIGMOIDAL : ANY;
+      if (PAIRED) return act.name == SILU || act.name == GELU_TANH ? SIGMOIDAL : ANY;
+      bool ramp = act.name == IDENTITY || act.name == RELU || act.name == RELU2;
+      return ramp && act.clamp == CLAMP_NONE && stack.pairing == PAIR_NONE ? RAMP : ANY;
     }
 
     // g * sigmoid(g * (c1 + c3 * g^2)), with log2(e) in the constants: silu, and gelu_tanh since (1 + tanh(z)) / 2 =
@@ -369,6 +365,33 @@ template <typename T, typename Shape, WeightOrder ORDER, bool PAIRED> struct Gro
       for (int q = 0; q < 8; ++q) v[q] += bias[q / 2 % 2];
     }
 
+    __device__ __forceinline__ void gate(float (&v)[8], float (&up)[8], const Sigmoidal& sigmoid) const {
+      const Activation& act = stack.activation;
+      if (act.clamp != CLAMP_NONE) {
+#pragma unroll
+        for (int q = 0; q < 8; ++q) {
+          up[q] = at_least(at_most(up[q], act.limit), -act.limit);
+          if (act.clamp == CLAMP_BEFORE) v[q] = at_most(v[q], act.limit);
+        }
+      }
+#pragma unroll
+      for (int q = 0; q < 8; ++q) {
+        float z = v[q] * fmaf(sigmoid.c3 * v[q], v[q], sigmoid.c1), e;
+        asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(-z));
+        v[q] = __fdividef(v[q], 1.0f + e);
+        if (act.clamp == CLAMP_AFTER) v[q] = at_most(v[q], act.limit);
+        v[q] *= up[q] + act.up_offset;
+      }
+    }
+    __device__ __forceinline__ void ramp(float (&v)[8]) const {
+      if (stack.activation.name == IDENTITY) return;
+#pragma unroll
+      for (int q = 0; q < 8; ++q) {
+        float positive = at_least(v[q], 0.0f);
+        v[q] = stack.activation.name == RELU ? positive : positive * positive;
+      }
+    }
+
     // The biases of this lane's two weight rows of a half, whose features begin at `feature`.
     __device__ __forceinline__ void load_bias(float (&bias)[2], int feature, int half) const {
       int lane = threadIdx.x % WARP, warp = threadIdx.x % WARPGROUP / WARP;
@@ -380,7 +403,6 @@ template <typename T, typename Shape, WeightOrder ORDER, bool PAIRED> struct Gro
       }
     }
 
-    template <Kind KIND>
     __device__ __forceinline__ void to_slab(const float (&first)[ACCUMULATORS], const float (&second)[ACCUMULATORS],
                                             int feature) const {
       int lane = threadIdx.x % WARP, warp = threadIdx.x % WARPGROUP / WARP;
@@ -405,22 +427,8 @@ template <typename T, typename Shape, WeightOrder ORDER, bool PAIRED> struct Gro
             add_bias(v, bias);
             if (PAIRED) add_bias(up, up_bias);
           }
-          if (KIND == SIGMOIDAL) {
-#pragma unroll
-            for (int q = 0; q < 8; ++q) {
-              float z = v[q] * fmaf(sigmoid.c3 * v[q], v[q], sigmoid.c1), e;
-              asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(-z));
-              v[q] = __fdividef(v[q], 1.0f + e) * (up[q] + stack.activation.up_offset);
-            }
-          } else if (KIND == ANY) {
-#pragma unroll
-            for (int q = 0; q < 8; q += 2) {  // two at a time, for the registers
-              float two[2] = {v[q], v[q + 1]}, two_up[2] = {up[q], up[q + 1]};
-              if (PAIRED) activate_gated(stack.activation, two, two_up);
-              else activate(stack.activation, two);
-              v[q] = two[0], v[q + 1] = two[1];
-            }
-          }
+          if (PAIRED) gate(v, up, sigmoid);
+          else ramp(v);
           if (stack.scale_out) scale(v, place.scale_out, row);
           uint32 packed[4];
 #pragma unroll
@@ -445,29 +453,61 @@ template <typename T, typename Shape, WeightOrder ORDER, bool PAIRED> struct Gro
       else sync_some<3, WARPGROUP>();
     }
 
-    template <Kind KIND>
     __device__ __forceinline__ void store_half(const float (&first)[ACCUMULATORS], const float (&second)[ACCUMULATORS],
                                                int feature) const {
-      to_slab<KIND>(first, second, feature);
+      to_slab(first, second, feature);
       sync_consumer();
       store_slab(feature);
       sync_consumer();
     }
 
-    template <Kind KIND> __device__ __forceinline__ void store_all(const Accumulators& acc) const {
-      int half_rows = consumer * RUN;
-      if (PAIRED) {
-        store_half<KIND>(acc[0], acc[1], place.tile.weight_block * HALF_ROWS + half_rows);
-      } else {
+    // Everything that has no way of its own, slower but in a tenth of the code: 16 rows of accumulators at a time go to the
+    // slab as they are, and a thread finishes one result after the other. `weight_row` is that of the first accumulator;
+    // an interleaved pair that came in single rows lies in neighbouring columns.
+    __device__ __forceinline__ void store_any(const float (&first)[ACCUMULATORS], const float (&second)[ACCUMULATORS],
+                                              int weight_row) const {
+      int lane = threadIdx.x % WARP, warp = threadIdx.x % WARPGROUP / WARP, thread = threadIdx.x % WARPGROUP;
+      bool neighbours = !PAIRED && stack.pairing == PAIR_INTERLEAVED;
+      int columns = neighbours ? RUN / 2 : RUN, column = thread % columns, step = neighbours ? 2 : 1;
+      int feature = weight_row / step + column;
+      float* rows = reinterpret_cast<float*>(__cvta_shared_to_generic(slab));  // (halves, 16, SLAB_PITCH)
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-          store_half<KIND>(acc[half], acc[half], (2 * place.tile.weight_block + half) * HALF_ROWS + half_rows);
+      for (int j = 0; j < MAX_ROWS / 16; ++j) {
+        if (j * 16 < num_rows) {
+#pragma unroll
+          for (int q = 0; q < 8; ++q) {
+            int at = (8 * (q / 4) + 2 * (lane % 4) + q % 2) * SLAB_PITCH + 16 * warp + lane / 4 + 8 * (q / 2 % 2);
+            rows[at] = first[8 * j + q];
+            if (PAIRED) rows[16 * SLAB_PITCH + at] = second[8 * j + q];
+          }
+          sync_consumer();
+#pragma unroll 1
+          for (int i = thread / columns; i < min(16, num_rows - 16 * j) && feature < features(stack); i += WARPGROUP / columns) {
+            const float* at = rows + i * SLAB_PITCH + column * step;
+            float v[1] = {at[0]}, up[1] = {PAIRED ? at[16 * SLAB_PITCH] : at[step - 1]};
+            RowScales scales[1] = {{place.scale_in[16 * j + i], place.scale_out[16 * j + i]}};
+            finish(stack, place.tile.expert, feature, v, up, scales);
+            *result<T>(stack, place.tile.row_begin + 16 * j + i, feature) = from_float<T>(v[0]);
+          }
+          sync_consumer();
+        }
       }
     }
 
     __device__ __forceinline__ void store(const Accumulators& acc) const {
-      if (kind() == ANY) store_all<ANY>(acc);
-      else store_all<PAIRED ? SIGMOIDAL : PLAIN>(acc);
+      int run = consumer * RUN;
+      if (PAIRED) {
+        int feature = place.tile.weight_block * HALF_ROWS + run;
+        if (kind() == ANY) store_any(acc[0], acc[1], feature);
+        else store_half(acc[0], acc[1], feature);
+      } else {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          int weight_row = (2 * place.tile.weight_block + half) * HALF_ROWS + run;
+          if (kind() == ANY) store_any(acc[half], acc[half], weight_row);
+          else store_half(acc[half], acc[half], weight_row);
+        }
+      }
     }
   };
 };
@@ -479,10 +519,10 @@ __device__ __forceinline__ void grouped_gemm(const WgmmaLaunch& launch) {
   __shared__ typename Gemm::Barriers barriers;
   __shared__ typename Gemm::Place ring[RING];
   uint32 stages = (shared_address(dynamic_smem) + 1023) & ~1023u;
-  unsigned char* after = dynamic_smem + (stages - shared_address(dynamic_smem)) + Gemm::STAGES * Gemm::STAGE_BYTES +
+  unsigned char* after = dynamic_smem + (stages - shared_address(dynamic_smem)) + launch.num_stages * Gemm::STAGE_BYTES +
                          Gemm::CONSUMERS * Gemm::SLAB_BYTES;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < Gemm::STAGES; ++i) {
+    for (int i = 0; i < launch.num_stages; ++i) {
       barrier_init(shared_address(&barriers.full[i]), 1 + PRODUCERS);
       barrier_init(shared_address(&barriers.empty[i]), Gemm::CONSUMER_WARPS);
     }
@@ -520,11 +560,13 @@ __device__ __forceinline__ void grouped_gemm(const WgmmaLaunch& launch) {
   GROUPED_GEMM_WGMMA(NAME##_single, T, SHAPE, ORDER, false)
 
 // Rows x weight rows of a tile.
-using Shape32x128 = hopper::TileShape<32, 1, 5, 2>;
-using Shape64x256 = hopper::TileShape<64, 2, 5, 1>;
-using Shape192x256 = hopper::TileShape<192, 2, 3, 1>;
+using Shape32x128 = hopper::TileShape<32, 1, 2>;
+using Shape64x256 = hopper::TileShape<64, 2, 1>;
+using Shape112x256 = hopper::TileShape<112, 2, 1>;
+using Shape192x256 = hopper::TileShape<192, 2, 1>;
 
 #define GROUPED_GEMM_WGMMA_ALL(NAME, T, ORDER)                     \
   GROUPED_GEMM_WGMMA_PAIR(NAME##_32x128, T, Shape32x128, ORDER)    \
   GROUPED_GEMM_WGMMA_PAIR(NAME##_64x256, T, Shape64x256, ORDER)    \
+  GROUPED_GEMM_WGMMA_PAIR(NAME##_112x256, T, Shape112x256, ORDER)  \
   GROUPED_GEMM_WGMMA_PAIR(NAME##_192x256, T, Shape192x256, ORDER)

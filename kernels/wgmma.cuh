@@ -21,33 +21,54 @@ template <typename T, int N> struct Wgmma;
 
 // Operand lists: %0 .. %(N / 2 - 1) are the accumulators.
 #define WGMMA_D4(I) "+f"(d[I]), "+f"(d[I + 1]), "+f"(d[I + 2]), "+f"(d[I + 3])
-#define WGMMA_D8(I) WGMMA_D4(I), WGMMA_D4(I + 4)
 #define WGMMA_LIST_8 WGMMA_D4(0)
-#define WGMMA_LIST_16 WGMMA_D8(0)
-#define WGMMA_LIST_32 WGMMA_LIST_16, WGMMA_D8(8)
-#define WGMMA_LIST_48 WGMMA_LIST_32, WGMMA_D8(16)
-#define WGMMA_LIST_64 WGMMA_LIST_48, WGMMA_D8(24)
-#define WGMMA_LIST_80 WGMMA_LIST_64, WGMMA_D8(32)
-#define WGMMA_LIST_96 WGMMA_LIST_80, WGMMA_D8(40)
-#define WGMMA_LIST_112 WGMMA_LIST_96, WGMMA_D8(48)
-#define WGMMA_LIST_128 WGMMA_LIST_112, WGMMA_D8(56)
-#define WGMMA_LIST_144 WGMMA_LIST_128, WGMMA_D8(64)
-#define WGMMA_LIST_160 WGMMA_LIST_144, WGMMA_D8(72)
-#define WGMMA_LIST_176 WGMMA_LIST_160, WGMMA_D8(80)
-#define WGMMA_LIST_192 WGMMA_LIST_176, WGMMA_D8(88)
+#define WGMMA_LIST_16 WGMMA_LIST_8, WGMMA_D4(4)
+#define WGMMA_LIST_24 WGMMA_LIST_16, WGMMA_D4(8)
+#define WGMMA_LIST_32 WGMMA_LIST_24, WGMMA_D4(12)
+#define WGMMA_LIST_40 WGMMA_LIST_32, WGMMA_D4(16)
+#define WGMMA_LIST_48 WGMMA_LIST_40, WGMMA_D4(20)
+#define WGMMA_LIST_56 WGMMA_LIST_48, WGMMA_D4(24)
+#define WGMMA_LIST_64 WGMMA_LIST_56, WGMMA_D4(28)
+#define WGMMA_LIST_72 WGMMA_LIST_64, WGMMA_D4(32)
+#define WGMMA_LIST_80 WGMMA_LIST_72, WGMMA_D4(36)
+#define WGMMA_LIST_88 WGMMA_LIST_80, WGMMA_D4(40)
+#define WGMMA_LIST_96 WGMMA_LIST_88, WGMMA_D4(44)
+#define WGMMA_LIST_104 WGMMA_LIST_96, WGMMA_D4(48)
+#define WGMMA_LIST_112 WGMMA_LIST_104, WGMMA_D4(52)
+#define WGMMA_LIST_120 WGMMA_LIST_112, WGMMA_D4(56)
+#define WGMMA_LIST_128 WGMMA_LIST_120, WGMMA_D4(60)
+#define WGMMA_LIST_136 WGMMA_LIST_128, WGMMA_D4(64)
+#define WGMMA_LIST_144 WGMMA_LIST_136, WGMMA_D4(68)
+#define WGMMA_LIST_152 WGMMA_LIST_144, WGMMA_D4(72)
+#define WGMMA_LIST_160 WGMMA_LIST_152, WGMMA_D4(76)
+#define WGMMA_LIST_168 WGMMA_LIST_160, WGMMA_D4(80)
+#define WGMMA_LIST_176 WGMMA_LIST_168, WGMMA_D4(84)
+#define WGMMA_LIST_184 WGMMA_LIST_176, WGMMA_D4(88)
+#define WGMMA_LIST_192 WGMMA_LIST_184, WGMMA_D4(92)
 #define WGMMA_NAMES_8 "%0, %1, %2, %3"
 #define WGMMA_NAMES_16 WGMMA_NAMES_8 ", %4, %5, %6, %7"
-#define WGMMA_NAMES_32 WGMMA_NAMES_16 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define WGMMA_NAMES_48 WGMMA_NAMES_32 ", %16, %17, %18, %19, %20, %21, %22, %23"
-#define WGMMA_NAMES_64 WGMMA_NAMES_48 ", %24, %25, %26, %27, %28, %29, %30, %31"
-#define WGMMA_NAMES_80 WGMMA_NAMES_64 ", %32, %33, %34, %35, %36, %37, %38, %39"
-#define WGMMA_NAMES_96 WGMMA_NAMES_80 ", %40, %41, %42, %43, %44, %45, %46, %47"
-#define WGMMA_NAMES_112 WGMMA_NAMES_96 ", %48, %49, %50, %51, %52, %53, %54, %55"
-#define WGMMA_NAMES_128 WGMMA_NAMES_112 ", %56, %57, %58, %59, %60, %61, %62, %63"
-#define WGMMA_NAMES_144 WGMMA_NAMES_128 ", %64, %65, %66, %67, %68, %69, %70, %71"
-#define WGMMA_NAMES_160 WGMMA_NAMES_144 ", %72, %73, %74, %75, %76, %77, %78, %79"
-#define WGMMA_NAMES_176 WGMMA_NAMES_160 ", %80, %81, %82, %83, %84, %85, %86, %87"
-#define WGMMA_NAMES_192 WGMMA_NAMES_176 ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define WGMMA_NAMES_24 WGMMA_NAMES_16 ", %8, %9, %10, %11"
+#define WGMMA_NAMES_32 WGMMA_NAMES_24 ", %12, %13, %14, %15"
+#define WGMMA_NAMES_40 WGMMA_NAMES_32 ", %16, %17, %18, %19"
+#define WGMMA_NAMES_48 WGMMA_NAMES_40 ", %20, %21, %22, %23"
+#define WGMMA_NAMES_56 WGMMA_NAMES_48 ", %24, %25, %26, %27"
+#define WGMMA_NAMES_64 WGMMA_NAMES_56 ", %28, %29, %30, %31"
+#define WGMMA_NAMES_72 WGMMA_NAMES_64 ", %32, %33, %34, %35"
+#define WGMMA_NAMES_80 WGMMA_NAMES_72 ", %36, %37, %38, %39"
+#define WGMMA_NAMES_88 WGMMA_NAMES_80 ", %40, %41, %42, %43"
+#define WGMMA_NAMES_96 WGMMA_NAMES_88 ", %44, %45, %46, %47"
+#define WGMMA_NAMES_104 WGMMA_NAMES_96 ", %48, %49, %50, %51"
+#define WGMMA_NAMES_112 WGMMA_NAMES_104 ", %52, %53, %54, %55"
+#define WGMMA_NAMES_120 WGMMA_NAMES_112 ", %56, %57, %58, %59"
+#define WGMMA_NAMES_128 WGMMA_NAMES_120 ", %60, %61, %62, %63"
+#define WGMMA_NAMES_136 WGMMA_NAMES_128 ", %64, %65, %66, %67"
+#define WGMMA_NAMES_144 WGMMA_NAMES_136 ", %68, %69, %70, %71"
+#define WGMMA_NAMES_152 WGMMA_NAMES_144 ", %72, %73, %74, %75"
+#define WGMMA_NAMES_160 WGMMA_NAMES_152 ", %76, %77, %78, %79"
+#define WGMMA_NAMES_168 WGMMA_NAMES_160 ", %80, %81, %82, %83"
+#define WGMMA_NAMES_176 WGMMA_NAMES_168 ", %84, %85, %86, %87"
+#define WGMMA_NAMES_184 WGMMA_NAMES_176 ", %88, %89, %90, %91"
+#define WGMMA_NAMES_192 WGMMA_NAMES_184 ", %92, %93, %94, %95"
 
 // A, B, P, O: numbers of the operands after the accumulators.
 #define WGMMA_SHAPE(T, TYPE, N, A, B, P, O)                                                                     \
@@ -61,19 +82,30 @@ template <typename T, int N> struct Wgmma;
                    : WGMMA_LIST_##N : "l"(a), "l"(b), "r"(accumulate), "n"(TRANSPOSED));                        \
     }                                                                                                           \
   };
-#define WGMMA_SHAPES(T, TYPE)                  \
-  WGMMA_SHAPE(T, TYPE, 8, 4, 5, 6, 7)          \
-  WGMMA_SHAPE(T, TYPE, 16, 8, 9, 10, 11)       \
-  WGMMA_SHAPE(T, TYPE, 32, 16, 17, 18, 19)     \
-  WGMMA_SHAPE(T, TYPE, 48, 24, 25, 26, 27)     \
-  WGMMA_SHAPE(T, TYPE, 64, 32, 33, 34, 35)     \
-  WGMMA_SHAPE(T, TYPE, 80, 40, 41, 42, 43)     \
-  WGMMA_SHAPE(T, TYPE, 96, 48, 49, 50, 51)     \
-  WGMMA_SHAPE(T, TYPE, 112, 56, 57, 58, 59)    \
-  WGMMA_SHAPE(T, TYPE, 128, 64, 65, 66, 67)    \
-  WGMMA_SHAPE(T, TYPE, 144, 72, 73, 74, 75)    \
-  WGMMA_SHAPE(T, TYPE, 160, 80, 81, 82, 83)    \
-  WGMMA_SHAPE(T, TYPE, 176, 88, 89, 90, 91)    \
+#define WGMMA_SHAPES(T, TYPE)               \
+  WGMMA_SHAPE(T, TYPE, 8, 4, 5, 6, 7)       \
+  WGMMA_SHAPE(T, TYPE, 16, 8, 9, 10, 11)    \
+  WGMMA_SHAPE(T, TYPE, 24, 12, 13, 14, 15)  \
+  WGMMA_SHAPE(T, TYPE, 32, 16, 17, 18, 19)  \
+  WGMMA_SHAPE(T, TYPE, 40, 20, 21, 22, 23)  \
+  WGMMA_SHAPE(T, TYPE, 48, 24, 25, 26, 27)  \
+  WGMMA_SHAPE(T, TYPE, 56, 28, 29, 30, 31)  \
+  WGMMA_SHAPE(T, TYPE, 64, 32, 33, 34, 35)  \
+  WGMMA_SHAPE(T, TYPE, 72, 36, 37, 38, 39)  \
+  WGMMA_SHAPE(T, TYPE, 80, 40, 41, 42, 43)  \
+  WGMMA_SHAPE(T, TYPE, 88, 44, 45, 46, 47)  \
+  WGMMA_SHAPE(T, TYPE, 96, 48, 49, 50, 51)  \
+  WGMMA_SHAPE(T, TYPE, 104, 52, 53, 54, 55) \
+  WGMMA_SHAPE(T, TYPE, 112, 56, 57, 58, 59) \
+  WGMMA_SHAPE(T, TYPE, 120, 60, 61, 62, 63) \
+  WGMMA_SHAPE(T, TYPE, 128, 64, 65, 66, 67) \
+  WGMMA_SHAPE(T, TYPE, 136, 68, 69, 70, 71) \
+  WGMMA_SHAPE(T, TYPE, 144, 72, 73, 74, 75) \
+  WGMMA_SHAPE(T, TYPE, 152, 76, 77, 78, 79) \
+  WGMMA_SHAPE(T, TYPE, 160, 80, 81, 82, 83) \
+  WGMMA_SHAPE(T, TYPE, 168, 84, 85, 86, 87) \
+  WGMMA_SHAPE(T, TYPE, 176, 88, 89, 90, 91) \
+  WGMMA_SHAPE(T, TYPE, 184, 92, 93, 94, 95) \
   WGMMA_SHAPE(T, TYPE, 192, 96, 97, 98, 99)
 
 WGMMA_SHAPES(bf16, "bf16")

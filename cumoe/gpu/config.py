@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 THREADS = 256
 WARPGROUP = 128
+SMALLEST_SLAB_BYTES = 2 * 16 * 68 * 4
 
 
 class TileConfig(NamedTuple):
@@ -21,6 +22,10 @@ class TileConfig(NamedTuple):
         """Threads of a block; with wgmma a warpgroup that brings operands and one for every 64 rows of a half."""
         return WARPGROUP * (1 + self.half // 64) if self.engine == "wgmma" else THREADS
 
+    def alone(self) -> "TileConfig":
+        """Return the same tile for a grid that has an SM for each block: one block takes the stages of all."""
+        return self._replace(stages=self.stages * self.blocks_per_sm, blocks_per_sm=1)
+
     def shared_bytes(self, num_groups: int) -> int:
         """Return the dynamic shared memory: the pipeline's stages, then a tile offset a group and one more.
 
@@ -30,12 +35,14 @@ class TileConfig(NamedTuple):
         stages = self.stages * (self.block_m + 2 * self.half) * self.block_k * 2
         if self.engine != "wgmma":
             return stages + 8 * (num_groups + 1)
-        return 1024 + stages + self.half // 64 * self.block_m * 128 + 4 * (num_groups + 1)
+        slab = max(self.block_m * 128, SMALLEST_SLAB_BYTES)
+        return 1024 + stages + self.half // 64 * slab + 4 * (num_groups + 1)
 
 
 CONFIGS = (
     TileConfig("wgmma", block_m=32, half=64, block_k=64, stages=5, blocks_per_sm=2),
     TileConfig("wgmma", block_m=64, half=128, block_k=64, stages=5, blocks_per_sm=1),
+    TileConfig("wgmma", block_m=112, half=128, block_k=64, stages=4, blocks_per_sm=1),
     TileConfig("wgmma", block_m=192, half=128, block_k=64, stages=3, blocks_per_sm=1),
     TileConfig("mma", block_m=16, half=64, block_k=64, stages=4, blocks_per_sm=3),
     TileConfig("mma", block_m=64, half=64, block_k=64, stages=3, blocks_per_sm=2),
@@ -44,7 +51,7 @@ CONFIGS = (
 )
 """Every tile that a kernel is compiled for, the smaller ones of an engine first."""
 
-WGMMA_MEAN_ROWS = {32: 8, 64: 24, 192: 0}
+WGMMA_MEAN_ROWS = {32: 4, 64: 24, 112: 48, 192: 192}
 """Up to how many rows an expert has on average a wgmma tile is chosen, by its rows; beyond all, the last one."""
 
 
@@ -58,12 +65,22 @@ class StackSizes(NamedTuple):
 
 
 def select_config(engine: str, stacks: tuple[StackSizes, ...]) -> TileConfig:
-    """Return the smallest tile that suits the mean number of rows of an expert of the first stack, or the largest."""
-    first = stacks[0]
+    """Return the smallest tile that suits the mean number of rows of an expert of the first stack, or the largest.
+
+    With wgmma a tile also has to hold the rows of the other stacks if these do at least as much work as the first:
+    else the weights of a wide shared expert would be read once for every few rows.
+    """
+    first, *others = stacks
     mean_rows = -(-first.num_rows // first.num_experts)
     configs = [config for config in CONFIGS if config.engine == engine]
-    limits = WGMMA_MEAN_ROWS if engine == "wgmma" else {config.block_m: config.block_m for config in configs}
-    return next((config for config in configs if limits[config.block_m] >= mean_rows), configs[-1])
+    if engine != "wgmma":
+        return next((config for config in configs if config.block_m >= mean_rows), configs[-1])
+    work, other_work = (sum(stack.num_rows * stack.weight_rows for stack in some) for some in ((first,), others))
+    rows_to_hold = max((stack.num_rows for stack in others), default=0) if other_work >= work else 0
+    suiting = (
+        config for config in configs if WGMMA_MEAN_ROWS[config.block_m] >= mean_rows and config.block_m >= rows_to_hold
+    )
+    return next(suiting, configs[-1])
 
 
 def max_tiles(config: TileConfig, stacks: tuple[StackSizes, ...]) -> int:

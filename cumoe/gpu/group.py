@@ -10,14 +10,23 @@ from cumoe.gpu.compile import launch
 from cumoe.gpu.structs import Struct
 
 WARPS = 32
-THREADS = WARPS * 32
+FEW_WARPS, FEW_SLOTS = 8, 1024
+"""A smaller block for a few slots: there is less to clear and to add up."""
 ONE_BLOCK_SLOTS = 4096
 """Up to here one block counts and places in one launch."""
 MAX_BLOCKS = 128
 """Every block reads the counts of all others: more blocks would read more than they place."""
 
 LAUNCH = Struct(
-    pointer=("topk_ids", "permutation", "inverse_permutation", "expert_offsets", "tokens_per_expert", "counts", "next_positions"),
+    pointer=(
+        "topk_ids",
+        "permutation",
+        "inverse_permutation",
+        "expert_offsets",
+        "tokens_per_expert",
+        "counts",
+        "next_positions",
+    ),
     int32=("num_slots", "num_experts", "slots_per_block", "padding"),
 )
 
@@ -52,6 +61,8 @@ def group(ids: Any, num_experts: int, out: dict[str, Any] | None = None) -> Grou
         groups.tokens_per_expert.fill(0)
         return groups
     blocks = num_blocks(num_slots)
+    warps = FEW_WARPS if num_slots <= FEW_SLOTS else WARPS
+    threads = warps * 32
     argument = LAUNCH(
         topk_ids=ids,
         **groups._asdict(),
@@ -59,11 +70,12 @@ def group(ids: Any, num_experts: int, out: dict[str, Any] | None = None) -> Grou
         next_positions=out["next_positions"],
         num_slots=num_slots,
         num_experts=num_experts,
-        slots_per_block=-(-num_slots // (blocks * THREADS)) * THREADS,
+        slots_per_block=-(-num_slots // (blocks * threads)) * threads,
         padding=0,
     )
     counters = 4 * (num_experts + 1)
     if blocks > 1:
-        launch("group_count", blocks, THREADS, argument, WARPS * counters)
-    launch("group_place", blocks, THREADS, argument, (WARPS + 2) * counters)
+        launch("group_count", blocks, threads, argument, warps * counters)
+    name = "group_place_few" if warps == FEW_WARPS else "group_place"
+    launch(name, blocks, threads, argument, (warps + 2) * counters)
     return groups

@@ -10,14 +10,12 @@ UNITS = ("gate", "route", "group", "grouped_gemm_bfloat16", "grouped_gemm_float1
 """Translation units for every GPU; the quickest to compile comes first."""
 
 WGMMA_UNITS = tuple(
-    f"grouped_gemm_wgmma_{dtype}_{order}"
-    for dtype in ("bfloat16", "float16")
-    for order in ("inner_major", "row_major")
+    f"grouped_gemm_wgmma_{dtype}_{order}" for dtype in ("bfloat16", "float16") for order in ("inner_major", "row_major")
 )
 """Translation units for Hopper alone."""
 
 WGMMA_OPTIONS = ("-arch=sm_90a", *OPTIONS)
-"""The letter a admits wgmma and setmaxnreg. CuPy adds an -arch of its own behind; NVRTC keeps the letter from 12.9 on."""
+"""The letter a admits wgmma and setmaxnreg. CuPy adds an -arch of its own; NVRTC keeps the letter from 12.9 on."""
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _INCLUDE = re.compile(r'^#include "([\w.]+)"$', re.MULTILINE)

@@ -56,25 +56,27 @@ class ExpertStack:
 
     @property
     def kernel(self) -> tuple[str, ...]:
-        """Return the engine of the kernel that serves this stack, then what tells its kernels apart besides the tile."""
+        """Return the engine of the kernel that serves this stack, and what besides the tile tells its kernels apart."""
         order = weight_order(self.w, self.layout)
         stores_float32 = self.c.dtype == np.float32
         if not (order and self.a.dtype == self.w.dtype and _rows_are_aligned(self.a)):
             return "simt", f"{self.a.dtype.name}_{self.w.dtype.name}", str(stores_float32)
         if not stores_float32 and self._suits_wgmma(order):
-            return "wgmma", self.w.dtype.name, order, "single" if self.layout == "ungated" else "paired"
+            paired = self.layout == "stacked" or (self.layout == "interleaved" and order == "inner_major")
+            return "wgmma", self.w.dtype.name, order, "paired" if paired else "single"
         return "mma", self.w.dtype.name, order, str(stores_float32)
 
     def _suits_wgmma(self, order: str) -> bool:
         """Whether the Hopper kernels serve: see grouped_gemm_wgmma.cuh for what they need."""
         features = self.w.shape[1] if self.layout == "ungated" else self.w.shape[1] // 2
-        rows_span = self.a.shape[0] * strides(self.a)[0]
+        a_row, _ = strides(self.a)
         return (
             has_wgmma(self.w.device.id)
-            and not (order == "row_major" and self.layout == "interleaved")
             and features % 8 == 0
             and _rows_are_aligned(self.c)
-            and 0 <= rows_span < 2**35  # offsets of rows are uint32, in units of 16 bytes
+            and _tma_can_walk(self.w)
+            and _tma_can_walk(self.a)
+            and self.a.shape[0] * a_row < 2**35  # offsets of rows are uint32, in units of 16 bytes
             and max_tiles(SMALLEST_WGMMA_TILE, (self.sizes,)) < 2**27  # tile numbers of 8 stacks fit into int32
         )
 
@@ -134,6 +136,12 @@ def strides(array: Any) -> tuple[int, ...]:
     )
 
 
+def _tma_can_walk(array: Any) -> bool:
+    """Whether no axis runs backwards or repeats, and rows do not overlap."""
+    steps = sorted((stride, size) for stride, size in zip(strides(array), array.shape, strict=True) if size > 1)
+    return all(stride >= (steps[0][1] if i else 1) for i, (stride, _) in enumerate(steps))
+
+
 def _rows_are_aligned(a: Any) -> bool:
     row, col = strides(a)
     return a.data.ptr % 16 == 0 and col == 1 and row % 8 == 0
@@ -160,20 +168,24 @@ def _launch(
     engine: str, variant: list[str], stacks: list[ExpertStack], weights_first: bool, next_position: int | None
 ) -> None:
     sizes = tuple(stack.sizes for stack in stacks)
+    num_sms = num_multiprocessors(cupy.cuda.runtime.getDevice())
     config = select_config(engine, sizes)
+    if engine == "wgmma" and max_tiles(config, sizes) <= num_sms:
+        config = config.alone()
     packed = b"".join(stack.pack() for stack in stacks).ljust(STACK.itemsize * MAX_STACKS, b"\0")
     packed += struct.pack("=2i", len(stacks), stacks[0].c.dtype == np.float32)
     if engine == "wgmma":
         dtype, order, pairing = variant
         name = f"grouped_gemm_wgmma_{dtype}_{order}_{config.block_m}x{2 * config.half}_{pairing}"
-        packed = _maps(stacks, order, config) + packed + struct.pack("=Qi", next_position or 0, weights_first)
+        packed = _maps(stacks, order, config) + packed
+        packed += struct.pack("=Q2i", next_position or 0, config.stages, weights_first)
         packed = packed.ljust(WGMMA_LAUNCH_BYTES, b"\0")
     elif engine == "mma":
         dtype, order, _ = variant
         name = f"grouped_gemm_mma_{dtype}_{config.block_m}_{order}"
     else:
         name = f"grouped_gemm_simt_{variant[0]}"
-    grid = grid_size(config, sizes, num_multiprocessors(cupy.cuda.runtime.getDevice()))
+    grid = grid_size(config, sizes, num_sms)
     shared_bytes = config.shared_bytes(sum(size.num_experts for size in sizes))
     launch(name, grid, config.threads, by_value(packed), shared_bytes, overlap=engine == "wgmma")
 

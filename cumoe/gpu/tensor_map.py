@@ -36,6 +36,8 @@ def weight_map(w: Any, strides: tuple[int, ...], layout: Layout, order: str, hal
     RuntimeError
         If the driver refuses; the text names the arguments.
     """
+    if layout == "interleaved" and order == "row_major":
+        layout = "ungated"  # neighbours stay neighbours; the kernel's epilogue pairs them
     num_experts, weight_rows, inner = w.shape
     expert_stride, row_stride, inner_stride = strides
     halves = 1 if layout == "ungated" else 2
@@ -44,16 +46,12 @@ def weight_map(w: Any, strides: tuple[int, ...], layout: Layout, order: str, hal
     if layout == "interleaved":
         row_stride *= 2
     if order == "inner_major":
-        lengths, steps, box = (inner, rows), (row_stride,), (RUN, half_rows)
+        lengths, step, box = (inner, rows, halves, num_experts), row_stride, (RUN, half_rows, 1, 1)
     else:
-        lengths, steps, box = (rows, inner), (inner_stride,), (RUN, RUN)
-    lengths = (*lengths, halves, num_experts)
+        lengths, step, box = (rows, inner, halves, num_experts), inner_stride, (RUN, RUN, 1, 1)
     # An axis of length 1 is never walked, but its stride has to be a positive multiple of 16 bytes all the same.
-    steps = tuple(
-        step if length > 1 else 8
-        for step, length in zip((*steps, between_halves, expert_stride), lengths[1:], strict=True)
-    )
-    return _encode(w.data.ptr, w.dtype.name, lengths, tuple(2 * step for step in steps), (*box, 1, 1))
+    steps = zip((step, between_halves, expert_stride), lengths[1:], strict=True)
+    return _encode(w.data.ptr, w.dtype.name, lengths, tuple(2 * (s if length > 1 else 8) for s, length in steps), box)
 
 
 def row_map(a: Any, strides: tuple[int, ...], box_rows: int) -> bytes:
@@ -64,9 +62,7 @@ def row_map(a: Any, strides: tuple[int, ...], box_rows: int) -> bytes:
 
 
 @lru_cache(maxsize=1024)
-def _encode(
-    pointer: int, dtype: str, lengths: tuple[int, ...], steps: tuple[int, ...], box: tuple[int, ...]
-) -> bytes:
+def _encode(pointer: int, dtype: str, lengths: tuple[int, ...], steps: tuple[int, ...], box: tuple[int, ...]) -> bytes:
     buffer = np.zeros(MAP_BYTES + 64, np.uint8)
     aligned = -buffer.ctypes.data % 64  # the driver wants the map at a multiple of 64
     uint64, uint32 = ctypes.c_uint64, ctypes.c_uint32
@@ -89,4 +85,3 @@ def _encode(
             f"cumoe: cuTensorMapEncodeTiled returned {status} for {dtype} of {lengths}, steps {steps} bytes, box {box}"
         )
     return buffer[aligned : aligned + MAP_BYTES].tobytes()
-
