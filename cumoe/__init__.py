@@ -7,6 +7,7 @@ import logging
 
 from cumoe import reference
 from cumoe.data.activation import Activation
+from cumoe.data.frame import Latent, RMSNorm
 from cumoe.data.groups import Groups
 from cumoe.data.routing import Router, Routing
 from cumoe.data.weights import Experts, SharedExperts
@@ -24,7 +25,9 @@ __all__ = [
     "Activation",
     "Experts",
     "Groups",
+    "Latent",
     "MoE",
+    "RMSNorm",
     "Router",
     "Routing",
     "SharedExperts",

@@ -13,7 +13,9 @@ from cumoe.data.routing import Router, Routing
 from cumoe.data.weights import Experts, ExpertWeights, SharedExperts, check_shared
 
 
-def route(router_logits: np.ndarray, router: Router, dtype: Any = np.float64) -> Routing:
+def route(
+    router_logits: np.ndarray, router: Router, dtype: Any = np.float64, *, token_ids: np.ndarray | None = None
+) -> Routing:
     """Route token by token; the formula is in `cumoe.Router`. Weights have the given dtype."""
     num_tokens = router_logits.shape[0]
     ids = np.zeros((num_tokens, router.top_k), np.int32)
@@ -23,7 +25,7 @@ def route(router_logits: np.ndarray, router: Router, dtype: Any = np.float64) ->
             logits = router_logits[t].astype(dtype)
             if router.logit_softcap is not None:
                 logits = router.logit_softcap * np.tanh(logits / router.logit_softcap)
-            ids[t] = _choose(logits, router)
+            ids[t] = _choose(logits, router) if token_ids is None else _look_up(token_ids[t], router, len(logits))
             weights[t] = _weigh(logits, ids[t], router)
     return Routing(ids, weights)
 
@@ -57,16 +59,37 @@ def _choose(logits: np.ndarray, router: Router) -> list[int]:
     return _largest(ranked, router.top_k)
 
 
+def _look_up(token_id: int, router: Router, num_experts: int) -> list[int]:
+    if not 0 <= token_id < len(router.expert_table):
+        return [-1] * router.top_k
+    return [e if 0 <= e < num_experts else -1 for e in router.expert_table[token_id]]
+
+
+def _mix(logits: np.ndarray, ids: np.ndarray, eps: float) -> np.ndarray:
+    weights, left = [], set(range(len(logits)))
+    for i in ids:
+        near = [e for e in left if not (logits[i] - logits[e]) / max(abs(logits[e]), logits[i]) > 2 * eps]
+        weights.append(1 / sum(np.exp(logits[e] - logits[i]) for e in near))
+        left.remove(int(i))
+    return np.array(weights)
+
+
 def _weigh(logits: np.ndarray, ids: np.ndarray, router: Router) -> np.ndarray:
-    after = router.scoring == "softmax" and router.select_by == "logits"
-    weights = _score(logits[ids], "softmax") if after else _score(logits, router.scoring)[ids]
+    if router.scoring == "sparse_mixer":
+        weights = _mix(logits, ids, router.mixer_eps)
+    else:
+        with_none = np.append(logits, -np.inf)  # id -1, a slot without an expert, has a score of 0
+        after = router.scoring == "softmax" and router.select_by == "logits"
+        weights = _score(with_none[ids], "softmax") if after else _score(with_none, router.scoring)[ids]
     if router.renormalize:
         order = router.renormalize_order
         norm = (weights**order).sum() ** (1 / order)
         eps = router.renormalize_eps
         weights = weights / (norm + eps if router.renormalize_eps_mode == "add" else max(norm, eps))
     weights = weights * router.scale
-    return weights if router.expert_scale is None else weights * router.expert_scale[ids].astype(logits.dtype)
+    if router.expert_scale is not None:
+        weights = weights * router.expert_scale[ids].astype(logits.dtype)
+    return np.where(ids < 0, 0, weights)
 
 
 def group(topk_ids: np.ndarray, num_experts: int) -> Groups:
