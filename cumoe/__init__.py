@@ -6,6 +6,7 @@ Data goes one way: route -> group -> grouped_gemm -> combine; `moe` does the las
 import logging
 
 from cumoe import reference
+from cumoe.checkpoint.load import LayerShape, layers, load
 from cumoe.data.activation import Activation
 from cumoe.data.frame import Latent, RMSNorm
 from cumoe.data.groups import Groups
@@ -26,6 +27,7 @@ __all__ = [
     "Experts",
     "Groups",
     "Latent",
+    "LayerShape",
     "MoE",
     "RMSNorm",
     "Router",
@@ -35,6 +37,8 @@ __all__ = [
     "combine",
     "group",
     "grouped_gemm",
+    "layers",
+    "load",
     "moe",
     "reference",
     "route",
