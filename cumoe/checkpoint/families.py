@@ -163,8 +163,9 @@ def _deepseek_v4_scoring(config: Config) -> str:
     return str(_word(config, Key("scoring_func", "sqrtsoftplus"), known))
 
 
-def _norm_order(config: Config) -> int:
-    return config[Key("moe_normalize_expert_weights", 1.0)] or 1
+def _norm_order(config: Config) -> Any:
+    order = config[Key("moe_normalize_expert_weights", 1.0)] or 1
+    return int(order) if order == int(order) else order  # JSON has 1.0; Router refuses what is neither 1 nor 2
 
 
 def _is_normalised(config: Config) -> bool:
@@ -210,6 +211,20 @@ GPT_OSS_FAMILY = Family(
     router_bias=("router.bias",),
     activation=GPT_OSS,
     intermediate_size="intermediate_size",
+)
+
+STEP3 = Family(
+    sigmoid_with_bias(8, scale=Key("moe_router_scaling_factor", 1.0)),
+    (STACKED, PACKED),
+    blocks=("moe", "mlp"),
+    selection_bias=("router_bias", *BIAS),
+    shared=(mlp("../share_expert"), SHARED),
+    activation={"name": Key("hidden_act", "silu"), "limit": Key("swiglu_limits", None), "clamp": "after"},
+    shared_activation={
+        "name": Key("hidden_act", "silu"),
+        "limit": Key("swiglu_limits_shared", None),
+        "clamp": "after",
+    },
 )
 
 
@@ -276,7 +291,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma4": Family(
         softmax(None, True), (PACKED, LINEAR), blocks=("",), router=("router.proj.weight",),
-        router_scale="router.scale", expert_scale=("router.per_expert_scale",), input_norm="../pre_feedforward_layernorm_2.weight",
+        router_scale="router.scale", expert_scale=("router.per_expert_scale",),
+        input_norm="../pre_feedforward_layernorm_2.weight",
         activation={"name": Key("hidden_activation", "gelu_pytorch_tanh")},
     ),
     "glm4_moe": _deepseek_v3_like(8, 1, 1, True, 1.0),
@@ -378,14 +394,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl_moe": replace(QWEN3_MOE, routing=softmax(4, True), experts=(PACKED, PACKED_COLUMNS, LINEAR)),
     "qwen4_exp": replace(QWEN2_MOE, routing=softmax(10, Key("norm_topk_prob", True))),
     "solar_open": _deepseek_v3_like(8, 1, 1, True, 1.0),
-    "step3p7": Family(
-        sigmoid_with_bias(8, scale=Key("moe_router_scaling_factor", 1.0)),
-        (STACKED, PACKED), blocks=("moe", "mlp"), selection_bias=("router_bias", *BIAS),
-        shared=(mlp("../share_expert"), SHARED),
-        activation={"name": Key("hidden_act", "silu"), "limit": Key("swiglu_limits", None), "clamp": "after"},
-        shared_activation={
-            "name": Key("hidden_act", "silu"), "limit": Key("swiglu_limits_shared", None), "clamp": "after",
-        },
-    ),
+    "step3p5": STEP3,
+    "step3p7": STEP3,
 }  # fmt: skip
 """By model_type; that of a text part without its ending ``_text``."""
