@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from cumoe.data.frame import Latent, RMSNorm
 from cumoe.data.groups import Groups
 from cumoe.data.routing import Router, Routing
 from cumoe.data.weights import Experts, ExpertWeights, SharedExperts, check_shared
@@ -162,24 +163,45 @@ def moe(
     shared: SharedExperts | list[SharedExperts] | None = None,
     *,
     weight_on: str = "output",
+    latent: Latent | None = None,
+    num_identity_experts: int = 0,
+    output_bias: np.ndarray | None = None,
+    output_norm: RMSNorm | None = None,
     dtype: Any = np.float64,
 ) -> np.ndarray:
-    """Compute the layer by its definition, token after token and slot after slot; see `cumoe.moe`."""
+    """Compute the layer by its definition, token after token and slot after slot; see `cumoe.moe` and `cumoe.MoE`."""
     x = x.astype(dtype)
     y = np.zeros(x.shape, dtype)
-    routed = experts.weights.map(lambda array: array.astype(dtype))
+    routed_x = x if latent is None else _affine(x, latent.w_in, latent.b_in)
+    routed = np.zeros(routed_x.shape, dtype)
+    weights = experts.weights.map(lambda array: array.astype(dtype))
     with np.errstate(over="ignore", invalid="ignore"):
         for t in range(len(x)):
             for e, w in zip(routing.topk_ids[t], routing.topk_weights[t].astype(dtype), strict=True):
                 if 0 <= e < experts.num_experts:
-                    y[t] += _expert(x[t], routed, e, **{weight_on: w})
-        for member in check_shared(shared, experts):
-            for s, weights in enumerate(member.weights):
-                own = weights.map(lambda array: array.astype(dtype))
+                    routed[t] += _expert(routed_x[t], weights, e, **{weight_on: w})
+                elif 0 <= e < experts.num_experts + num_identity_experts:
+                    y[t] += w * x[t]
+        y += routed if latent is None else _affine(routed, latent.w_out, latent.b_out)
+        for member in check_shared(shared, experts, x.shape[1]):
+            for s, shared_weights in enumerate(member.weights):
+                own = shared_weights.map(lambda array: array.astype(dtype))
                 for t in range(len(x)):
                     gate = 1 if member.gate is None else 1 / (1 + np.exp(-(x[t] @ member.gate[s].astype(dtype))))
                     y[t] += gate * _expert(x[t], own, 0)
-    return y
+        if output_bias is not None:
+            y += output_bias.astype(dtype)
+        return y if output_norm is None else over_rms(y, output_norm.eps) * output_norm.weight.astype(dtype)
+
+
+def over_rms(x: np.ndarray, eps: float, dtype: Any = np.float64) -> np.ndarray:
+    """Divide every token by the root of its mean square, as `cumoe.RMSNorm` does before its weight."""
+    x = x.astype(dtype)
+    return np.array([row / np.sqrt(sum(v * v for v in row) / len(row) + eps) for row in x]).reshape(x.shape)
+
+
+def _affine(x: np.ndarray, w: np.ndarray, b: np.ndarray | None) -> np.ndarray:
+    return x @ w.astype(x.dtype).T + (0 if b is None else b.astype(x.dtype))
 
 
 def _expert(v: np.ndarray, weights: ExpertWeights, e: int, **factors: Any) -> np.ndarray:

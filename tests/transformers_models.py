@@ -20,7 +20,12 @@ DEEPSEEK = {
     "norm_topk_prob": True,
 }  # fmt: skip
 MLA = {
-    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 20, "head_dim": 8,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 20,
+    "head_dim": 8,
 }
 INDEXER = {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 4}
 QWEN = {"moe_intermediate_size": 24, "intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 3}
@@ -34,7 +39,13 @@ VISION = {
     "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "depth": 1,
     "num_heads": 2, "out_hidden_size": 40, "image_size": 28, "patch_size": 14,
 }  # fmt: skip
-AUDIO = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "num_hidden_layers": 1}
+AUDIO = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 16,
+    "num_hidden_layers": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -81,7 +92,8 @@ MODELS = {
     "glm4_moe_lite": Model(DEEPSEEK | MLA),
     "glm_moe_dsa": Model(DEEPSEEK | MLA | INDEXER),
     "exaone_moe": Model(
-        DEEPSEEK | {"num_experts": 8, "num_shared_experts": 2, "sliding_window": 4, "layer_types": ["full_attention"] * 2}
+        DEEPSEEK
+        | {"num_experts": 8, "num_shared_experts": 2, "sliding_window": 4, "layer_types": ["full_attention"] * 2}
     ),
     "axk1": Model(DEEPSEEK | MLA),
     "axk2": Model(DEEPSEEK | MLA | INDEXER),
@@ -104,12 +116,16 @@ MODELS = {
     ),
     "glm4v_moe": Model(DEEPSEEK, cls="Glm4vMoeForConditionalGeneration", text_type="glm4v_moe_text"),
     "glm5_next": Model(
-        DEEPSEEK | MLA | INDEXER | {"swiglu_limit": 0.8, "index_topk": 16, "qk_rope_head_dim": 0, "mlp_layer_types": ["dense", "sparse"], "layer_types": ["indexed_attention"] * 2},
+        DEEPSEEK | MLA | INDEXER | {
+            "swiglu_limit": 0.8, "index_topk": 16, "qk_rope_head_dim": 0, "mlp_layer_types": ["dense", "sparse"],
+            "layer_types": ["indexed_attention"] * 2,
+        },
         cls="Glm5NextForConditionalGeneration", text_type="glm5_next_text",
     ),
     "step3p7": Model(
         LOCAL | {
-            "n_routed_experts": 6, "mlp_layer_types": ["dense", "sparse"], "moe_intermediate_size": 24, "share_expert_dim": 16, "moe_router_scaling_factor": 1.7,
+            "n_routed_experts": 6, "mlp_layer_types": ["dense", "sparse"], "moe_intermediate_size": 24,
+            "share_expert_dim": 16, "moe_router_scaling_factor": 1.7,
             "swiglu_limits": [0.0, 0.8], "swiglu_limits_shared": [0.0, 0.6],
         },
         cls="Step3p7ForConditionalGeneration", text_type="step3p5",
@@ -144,7 +160,8 @@ MODELS = {
     "granitemoe": Model(LOCAL, "block_sparse_moe"),
     "granitemoeshared": Model(LOCAL | {"shared_intermediate_size": 16}, "block_sparse_moe", shared_block="shared_mlp"),
     "granitemoehybrid": Model(
-        LOCAL | {"shared_intermediate_size": 16, "layer_types": ["attention"] * 2, "mamba_n_heads": 4, "mamba_d_head": 20},
+        LOCAL
+        | {"shared_intermediate_size": 16, "layer_types": ["attention"] * 2, "mamba_n_heads": 4, "mamba_d_head": 20},
         "block_sparse_moe", shared_block="shared_mlp",
     ),
     "ernie4_5_moe": Model({
@@ -172,7 +189,8 @@ MODELS = {
     ),
     "jetmoe": Model(LOCAL | {"kv_channels": 20}),
     "lfm2_moe": Model(
-        QWEN | {"num_dense_layers": 1, "routed_scaling_factor": 1.7, "layer_types": ["full_attention"] * 2}, "feed_forward"
+        QWEN | {"num_dense_layers": 1, "routed_scaling_factor": 1.7, "layer_types": ["full_attention"] * 2},
+        "feed_forward",
     ),
     "afmoe": Model(QWEN | {"num_dense_layers": 1, "num_shared_experts": 2, "route_scale": 1.7}),
     "aria": Model(
@@ -226,6 +244,29 @@ MODELS = {
     "hy_v3": Model(QWEN | {"num_shared_experts": 2, "router_scaling_factor": 1.7}),
     "hy_v4": Model(DEEPSEEK | MLA | INDEXER | {"swiglu_limit": 0.8}),
     "laguna": Model(QWEN_SHARED | {"moe_routed_scaling_factor": 1.7, "moe_router_logit_softcapping": 2.0}),
+    "deepseek_v2_greedy": Model(DEEPSEEK | MLA | {"topk_method": "greedy"}, model_type="deepseek_v2"),
+    "ernie4_5_moe_noshared": Model(
+        {
+            "moe_intermediate_size": 24, "intermediate_size": 32, "moe_num_experts": 6, "moe_k": 3,
+            "moe_num_shared_experts": 0, "moe_layer_start_index": 1, "moe_layer_end_index": 1,
+        },
+        model_type="ernie4_5_moe",
+    ),
+    "lfm2_moe_nobias": Model(
+        QWEN | {"num_dense_layers": 1, "use_expert_bias": False, "layer_types": ["full_attention"] * 2},
+        "feed_forward", model_type="lfm2_moe",
+    ),
+    "qwen3_moe_nonorm": Model(QWEN | {"norm_topk_prob": False}, model_type="qwen3_moe"),
+    "dots1_norm": Model(DEEPSEEK | {"norm_topk_prob": False, "n_group": 1, "topk_group": 1}, model_type="dots1"),
+    "cohere2_moe_noshared": Model(
+        {"intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 3, "num_shared_experts": 0},
+        model_type="cohere2_moe",
+    ),
+    "aria_bias": Model(
+        {"intermediate_size": 24, "moe_num_experts": 6, "moe_topk": 3, "moe_num_shared_experts": 2, "mlp_bias": True},
+        model_type="aria_text",
+    ),
+    "mixtral_gelu": Model(LOCAL | {"hidden_act": "gelu"}, model_type="mixtral"),
     "mellum": Model(QWEN | {"norm_topk_prob": False}),
     "openai_privacy_filter": Model(LOCAL, cls="OpenAIPrivacyFilterForTokenClassification"),
     "minimax_m3_vl": Model(

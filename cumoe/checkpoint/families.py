@@ -73,7 +73,7 @@ class Family:
     latent : pair of str
         Weights of the projections into and out of the latent space; required if the key has_latent says so.
     has_latent : Value
-    output_bias, input_norm, output_norm : str
+    output_bias, input_norm, output_norm : tuple of str
         Vectors around the experts.
     norm_eps : Value
     """
@@ -99,9 +99,9 @@ class Family:
     num_identity_experts: Value = 0
     latent: tuple[str, str] | None = None
     has_latent: Value = None
-    output_bias: str = ""
-    input_norm: str = ""
-    output_norm: str = ""
+    output_bias: tuple[str, ...] = ()
+    input_norm: tuple[str, ...] = ()
+    output_norm: tuple[str, ...] = ()
     norm_eps: Value = NORM_EPS
 
 
@@ -191,7 +191,9 @@ QWEN2_MOE = Family(
 MIXTRAL = Family(
     softmax(2, True), (W123, PACKED), blocks=("block_sparse_moe", "mlp"), intermediate_size="intermediate_size"
 )
-DEEPSEEK_V3 = Family(grouped_sigmoid(8, 8, 4, True, 2.5), shared=(SHARED,), selection_bias=BIAS)
+DEEPSEEK_V3 = Family(
+    grouped_sigmoid(8, 8, 4, True, 2.5), shared=(SHARED,), has_shared=Key("n_shared_experts", 1), selection_bias=BIAS
+)
 GRANITE = Family(
     softmax_of_chosen(2),
     (PACKED_LINEAR, PACKED),
@@ -241,7 +243,9 @@ FAMILIES: dict[str, Family] = {
         {"top_k": Key("moe_topk", 2), "select_by": "logits"},
         (FC, PACKED_COLUMNS), router=("router.weight",), shared=(SHARED,), intermediate_size="intermediate_size",
     ),
-    "axk1": _deepseek_v3_like(8, 8, 4, True, 2.5, output_norm="../post_mlp_layernorm.weight"),
+    "axk1": _deepseek_v3_like(
+        8, 8, 4, True, 2.5, output_norm=("../post_mlp_layernorm.weight", "post_mlp_layernorm.weight")
+    ),
     "axk2": replace(DEEPSEEK_V3, routing=grouped_sigmoid(8, None, None, True, 2.5, dropped_groups="zero")),
     "bailing_hybrid": _deepseek_v3_like(8, 8, 4, True, 2.5, selection_bias=("gate.expert_bias", *BIAS)),
     "cohere2_moe": Family(
@@ -292,7 +296,7 @@ FAMILIES: dict[str, Family] = {
     "gemma4": Family(
         softmax(None, True), (PACKED, LINEAR), blocks=("",), router=("router.proj.weight",),
         router_scale="router.scale", expert_scale=("router.per_expert_scale",),
-        input_norm="../pre_feedforward_layernorm_2.weight",
+        input_norm=("../pre_feedforward_layernorm_2.weight",),
         activation={"name": Key("hidden_activation", "gelu_pytorch_tanh")},
     ),
     "glm4_moe": _deepseek_v3_like(8, 1, 1, True, 1.0),
@@ -322,9 +326,10 @@ FAMILIES: dict[str, Family] = {
         softmax(2, False), blocks=("feed_forward",), router=("router.weight",), intermediate_size="intermediate_size"
     ),
     "jetmoe": Family(
-        softmax_of_chosen(2), (PACKED_LINEAR,), router=("router.layer.weight",), output_bias="bias",
+        softmax_of_chosen(2), (PACKED_LINEAR,), router=("router.layer.weight",), output_bias=("bias",),
         activation={"name": Key("activation_function", "silu")}, intermediate_size="intermediate_size",
     ),
+    "kimi_k2": DEEPSEEK_V3,
     "kimi_linear": _deepseek_v3_like(
         8, 1, 1, True, 2.446, experts=(W123, LINEAR, PACKED), blocks=("block_sparse_moe", "mlp"),
     ),

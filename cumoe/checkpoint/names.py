@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from cumoe.checkpoint.files import Files, Tensor
 from cumoe.door.checks import one_of, refuse
 
-LAYER = re.compile(r"((?:.+\.)?(?:layers|blocks))\.(\d+)\.(.+)")
+LAYER = re.compile(r"((?:.+?\.)?(?:layers|blocks))\.(\d+)\.(.+)")
+
+QUANTISED = re.compile(r".*(_blocks|_scales?|_scale_inv|\.qweight|\.qzeros|\.weight_packed|\.weight_scale)")
+"""Tensors beside quantised weights, which stand there also where config.json does not tell."""
 
 NOT_THE_LANGUAGE_MODEL = re.compile(r"\b(mtp|nextn|draft|talker|vision\w*|visual|audio\w*|encoder)\b")
 """Stacks of layers beside those that config.json counts: prediction heads, towers of other modalities."""
@@ -37,6 +40,12 @@ class Names:
                 return template
         wanted = one_of([self._prefix + self._below_layer(template, 0) for template in templates])
         raise ValueError(refuse("checkpoint", f"a tensor {wanted} in {self.files.folder}", "none"))
+
+    def quantised(self) -> str:
+        """Return a tensor of the block that only quantised weights have, or ""."""
+        below = f"{self.block}." if self.block else ""
+        found = (full for name, full in self._names.items() if name.startswith(f"{below}experts."))
+        return next(filter(QUANTISED.fullmatch, found), "")
 
     def _below_layer(self, template: str, expert: int) -> str:
         name = template.replace("{e}", str(expert))

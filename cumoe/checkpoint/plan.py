@@ -10,6 +10,7 @@ from cumoe.checkpoint.files import Tensor
 from cumoe.checkpoint.names import Names
 from cumoe.checkpoint.projections import Plan, Projections, check_float, choose, plan_tensor
 from cumoe.data.activation import Activation
+from cumoe.data.routing import Router
 from cumoe.door.checks import ID_DTYPES, check_count, one_of, refuse
 
 ACTIVATIONS: Mapping[str, dict[str, Any]] = {
@@ -49,6 +50,10 @@ def plan_layer(family_name: str, family: Family, config: Config, names: Names) -
         As `cumoe.load` does.
     """
     identity = check_count("num_identity_experts", config.resolve(family.num_identity_experts) or 0, 0)
+    if names.quantised():
+        raise ValueError(
+            refuse("checkpoint", "weights in float32, float16 or bfloat16", f"quantised: {names.quantised()}")
+        )
     router_weight = names.tensor(names.first(family.router))
     num_choices, hidden_size = _router_sizes(router_weight, config, identity)
     num_experts = num_choices - identity
@@ -61,6 +66,9 @@ def plan_layer(family_name: str, family: Family, config: Config, names: Names) -
     planner.check_width(arrays["w_down"])
     shared = planner.shared()
     planner.frame()
+    planner.check_dtypes()
+    arguments = _router_arguments(family, config)
+    Router(**arguments).check_experts(num_choices, "the checkpoint")  # before anything is read
     activation = _activation(config, family.activation)
     own = family.shared_activation
     averaged = config.resolve(family.shared_is_averaged)
@@ -73,7 +81,7 @@ def plan_layer(family_name: str, family: Family, config: Config, names: Names) -
         hidden_size,
         num_experts,
         identity,
-        _router_arguments(family, config),
+        arguments,
         experts,
         shared,
         activation,
@@ -194,6 +202,15 @@ class _Planner:
     def frame(self) -> None:
         """Add the vectors around the experts."""
         for name in ("output_bias", "input_norm", "output_norm"):
-            template = getattr(self.family, name)
-            if template:
-                self.vector(name, self.names.tensor(template), (self.hidden_size,))
+            templates = getattr(self.family, name)
+            if templates:
+                self.vector(name, self.names.tensor(self.names.first(templates)), (self.hidden_size,))
+
+    def check_dtypes(self) -> None:
+        """Raise TypeError unless all that is multiplied with tokens, but the router, has one dtype."""
+        dtype = self.arrays["experts.w_down"].dtype
+        for name in ("shared.w_down", "shared.gate", "latent.w_in", "latent.w_out"):
+            plan = self.arrays.get(name)
+            if plan is not None and plan.dtype != dtype:
+                tensor = plan.copies[0].tensor
+                raise TypeError(refuse(tensor.name, f"dtype {dtype.name}, like the experts", tensor.dtype_name))
