@@ -15,7 +15,7 @@ from cumoe.data.weights import Experts, ExpertWeights, SharedExperts, check_shar
 
 
 def route(
-    router_logits: np.ndarray, router: Router, dtype: Any = np.float64, *, token_ids: np.ndarray | None = None
+    router_logits: np.ndarray, router: Router, dtype: Any = np.float64, *, input_ids: np.ndarray | None = None
 ) -> Routing:
     """Route token by token; the formula is in `cumoe.Router`. Weights have the given dtype."""
     num_tokens = router_logits.shape[0]
@@ -26,7 +26,7 @@ def route(
             logits = router_logits[t].astype(dtype)
             if router.logit_softcap is not None:
                 logits = router.logit_softcap * np.tanh(logits / router.logit_softcap)
-            ids[t] = _choose(logits, router) if token_ids is None else _look_up(token_ids[t], router, len(logits))
+            ids[t] = _choose(logits, router) if input_ids is None else _look_up(input_ids[t], router, len(logits))
             weights[t] = _weigh(logits, ids[t], router)
     return Routing(ids, weights)
 

@@ -24,7 +24,7 @@ struct RouterLaunch {
   const float* selection_bias;  // (num_experts) or null
   const float* expert_scale;    // (num_experts) or null
   const int* expert_table;      // (vocab_size, top_k) or null
-  const int* token_ids;         // (num_tokens), with a table
+  const int* input_ids;         // (num_tokens), with a table
   int* topk_ids;                // (num_tokens, top_k)
   float* topk_weights;          // (num_tokens, top_k)
   int64 row_stride, col_stride;
@@ -147,7 +147,7 @@ template <typename T> struct Token {
   }
 
   __device__ __forceinline__ void look_up(int64 token) {
-    int64 id = p.token_ids[token];
+    int64 id = p.input_ids[token];
     bool known = id >= 0 && id < p.vocab_size;
     for (int j = lane; j < p.top_k; j += WARP) words[j] = known ? p.expert_table[id * p.top_k + j] : -1;
     __syncwarp();

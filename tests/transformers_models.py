@@ -315,7 +315,7 @@ def block_of(built: Any, model: Model) -> tuple[Any, Any]:
     return layer, getattr(layer, model.block) if model.block else layer
 
 
-def expected(built: Any, model: Model, x: np.ndarray, token_ids: np.ndarray | None = None) -> np.ndarray:
+def expected(built: Any, model: Model, x: np.ndarray, input_ids: np.ndarray | None = None) -> np.ndarray:
     """Return what the module computes for (num_tokens, hidden_size) tokens."""
     import torch
 
@@ -326,7 +326,7 @@ def expected(built: Any, model: Model, x: np.ndarray, token_ids: np.ndarray | No
             flat = tokens[0]
             _, weights, ids = layer.router(flat)
             return layer.experts(layer.pre_feedforward_layernorm_2(flat), ids, weights).numpy()
-        more = () if token_ids is None else (torch.from_numpy(token_ids)[None],)
+        more = () if input_ids is None else (torch.from_numpy(input_ids)[None],)
         y = block(tokens, *more)
         y = y[0] if isinstance(y, tuple) else y
         if model.shared_block:

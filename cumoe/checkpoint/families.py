@@ -102,7 +102,7 @@ class Family:
     output_bias: tuple[str, ...] = ()
     input_norm: tuple[str, ...] = ()
     output_norm: tuple[str, ...] = ()
-    norm_eps: Value = NORM_EPS
+    norm_eps: Value = None
 
 
 def top_k(default: Any = ...) -> Key:
@@ -244,7 +244,7 @@ FAMILIES: dict[str, Family] = {
         (FC, PACKED_COLUMNS), router=("router.weight",), shared=(SHARED,), intermediate_size="intermediate_size",
     ),
     "axk1": _deepseek_v3_like(
-        8, 8, 4, True, 2.5, output_norm=("../post_mlp_layernorm.weight", "post_mlp_layernorm.weight")
+        8, 8, 4, True, 2.5, output_norm=("../post_mlp_layernorm.weight", "post_mlp_layernorm.weight"), norm_eps=NORM_EPS
     ),
     "axk2": replace(DEEPSEEK_V3, routing=grouped_sigmoid(8, None, None, True, 2.5, dropped_groups="zero")),
     "bailing_hybrid": _deepseek_v3_like(8, 8, 4, True, 2.5, selection_bias=("gate.expert_bias", *BIAS)),
@@ -296,7 +296,7 @@ FAMILIES: dict[str, Family] = {
     "gemma4": Family(
         softmax(None, True), (PACKED, LINEAR), blocks=("",), router=("router.proj.weight",),
         router_scale="router.scale", expert_scale=("router.per_expert_scale",),
-        input_norm=("../pre_feedforward_layernorm_2.weight",),
+        input_norm=("../pre_feedforward_layernorm_2.weight",), norm_eps=NORM_EPS,
         activation={"name": Key("hidden_activation", "gelu_pytorch_tanh")},
     ),
     "glm4_moe": _deepseek_v3_like(8, 1, 1, True, 1.0),

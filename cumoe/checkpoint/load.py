@@ -96,7 +96,7 @@ def load(
     MoE
         With ``layer(x)`` what the model's own module gives for `x`: routed and shared experts, without the residual.
         For gemma4 `x` is the residual that router and experts normalise each in its own way. Layers that choose experts
-        by token id (the first ones of deepseek_v4) want `token_ids`.
+        by token id (the first ones of deepseek_v4) want `input_ids`.
 
     Raises
     ------

@@ -56,7 +56,7 @@ def run(options: Namespace) -> int:
     """
     states = read_states(options.input)
     check_writable(options.output)
-    token_ids = None if options.token_ids is None else read_ids(options.token_ids)
+    input_ids = None if options.input_ids is None else read_ids(options.input_ids)
     machine, trouble = choose_machine(options.device)
     if trouble:
         print_pair("note", f"{trouble}; running on the CPU")
@@ -69,8 +69,8 @@ def run(options: Namespace) -> int:
         print_pair("note", f"hidden states of {x.dtype.name} are converted to {layer.experts.dtype.name}, the layer's")
     with np.errstate(over="ignore", invalid="ignore"):  # tokens from a file may be infinite, or become so in float16
         tokens = machine.xp.asarray(x.astype(layer.experts.dtype))
-        ids = None if token_ids is None else machine.xp.asarray(token_ids.ravel())
-        y = machine.to_numpy(_refusing(layer, tokens, token_ids=ids)).astype(states.dtype)
+        ids = None if input_ids is None else machine.xp.asarray(input_ids.ravel())
+        y = machine.to_numpy(_refusing(layer, tokens, input_ids=ids)).astype(states.dtype)
     write_states(options.output, y.reshape(states.shape))
     print_pair("saved", f"{options.output} {states.shape} {states.dtype.name}")
     return 0

@@ -29,9 +29,9 @@ def read_states(path: Path) -> np.ndarray:
 
 def read_ids(path: Path) -> np.ndarray:
     """Return the token ids in a file: whole numbers, of any shape."""
-    ids = _read("--token-ids", path)
+    ids = _read("--input-ids", path)
     if ids.dtype not in ID_DTYPES:
-        raise Refusal(f"--token-ids {path}: expected whole numbers, got {ids.dtype}")
+        raise Refusal(f"--input-ids {path}: expected whole numbers, got {ids.dtype}")
     return ids
 
 

@@ -73,7 +73,7 @@ def _add_checkpoint_commands(commands: Any) -> None:
         "--input", type=Path, required=True, metavar="X.npy", help="(tokens, hidden) or (batch, seq, hidden)"
     )
     use.add_argument("--output", type=Path, required=True, metavar="Y.npy", help="where to save the result")
-    use.add_argument("--token-ids", type=Path, metavar="IDS.npy", help="for layers that choose experts by token id")
+    use.add_argument("--input-ids", type=Path, metavar="IDS.npy", help="for layers that choose experts by token id")
     use.add_argument("--device", **DEVICE)
 
 

@@ -8,15 +8,15 @@ FAR_BELOW_ZERO = np.float32(-40)
 """Below it sigmoid(l) = e^l and sqrt(softplus(l)) = e^(l/2) to the last bit of float32."""
 
 
-def route(logits: np.ndarray, router: Router, token_ids: np.ndarray | None = None) -> Routing:
+def route(logits: np.ndarray, router: Router, input_ids: np.ndarray | None = None) -> Routing:
     """Choose and weigh; the formula is in `Router`."""
     logits = logits.astype(np.float32)
     if router.logit_softcap is not None:
         cap = np.float32(router.logit_softcap)
         logits = cap * np.tanh(logits / cap)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore", under="ignore"):
-        if token_ids is not None:
-            ids, there = _look_up(token_ids, router.expert_table, logits.shape[1])
+        if input_ids is not None:
+            ids, there = _look_up(input_ids, router.expert_table, logits.shape[1])
         else:
             ids, there = _choose(logits, router), None
         weights = _weights(logits, ids, router, there) * np.float32(router.scale)
@@ -38,11 +38,11 @@ def _choose(logits: np.ndarray, router: Router) -> np.ndarray:
     return best(ranked, router.top_k)
 
 
-def _look_up(token_ids: np.ndarray, table: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
+def _look_up(input_ids: np.ndarray, table: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the experts of the token ids, and which of them exist; 0 stands for those that do not."""
-    known = (token_ids >= 0) & (token_ids < len(table))
-    ids = np.full((len(token_ids), table.shape[1]), -1, np.int32)
-    ids[known] = table[token_ids[known]]
+    known = (input_ids >= 0) & (input_ids < len(table))
+    ids = np.full((len(input_ids), table.shape[1]), -1, np.int32)
+    ids[known] = table[input_ids[known]]
     there = (ids >= 0) & (ids < num_experts)
     return np.where(there, ids, 0), there
 

@@ -233,16 +233,16 @@ def check_router(router: Router, num_experts: int, kind: Kind, owner: str) -> No
         check_kind("expert_table", router.kind, kind, owner)
 
 
-def admit_token_ids(token_ids: Any, router: Router, kind: Kind, owner: str, num_tokens: int) -> Any:
+def admit_input_ids(input_ids: Any, router: Router, kind: Kind, owner: str, num_tokens: int) -> Any:
     """Return contiguous int32 token ids where `router` has an expert_table, else None; raise unless they fit."""
-    if (token_ids is None) != (router.expert_table is None):
+    if (input_ids is None) != (router.expert_table is None):
         wanted = "None, since the router has no expert_table" if router.expert_table is None else "an array"
-        raise ValueError(refuse("token_ids", wanted, "None" if token_ids is None else "an array"))
-    if token_ids is None:
+        raise ValueError(refuse("input_ids", wanted, "None" if input_ids is None else "an array"))
+    if input_ids is None:
         return None
-    ids = admit_like("token_ids", token_ids, kind, owner)
-    check_dtype("token_ids", ids, ID_DTYPES)
-    check_shape("token_ids", ids, {"num_tokens": num_tokens})
+    ids = admit_like("input_ids", input_ids, kind, owner)
+    check_dtype("input_ids", ids, ID_DTYPES)
+    check_shape("input_ids", ids, {"num_tokens": num_tokens})
     return as_int32_ids(ids)
 
 

@@ -15,7 +15,7 @@ WARPS = 4
 
 LAUNCH = Struct(
     pointer=(
-        *("logits", "selection_bias", "expert_scale", "expert_table", "token_ids"),
+        *("logits", "selection_bias", "expert_scale", "expert_table", "input_ids"),
         *("topk_ids", "topk_weights"),
     ),
     int64=("row_stride", "col_stride"),
@@ -28,8 +28,8 @@ LAUNCH = Struct(
 )
 
 
-def route(logits: Any, router: Router, out: Routing | None = None, token_ids: Any = None) -> Routing:
-    """Choose and weigh on the current stream; the formula is in `cumoe.Router`. `token_ids` are contiguous int32."""
+def route(logits: Any, router: Router, out: Routing | None = None, input_ids: Any = None) -> Routing:
+    """Choose and weigh on the current stream; the formula is in `cumoe.Router`. `input_ids` are contiguous int32."""
     num_tokens, num_experts = logits.shape
     shape = (num_tokens, router.top_k)
     if out is None:
@@ -43,7 +43,7 @@ def route(logits: Any, router: Router, out: Routing | None = None, token_ids: An
         selection_bias=router.selection_bias,
         expert_scale=router.expert_scale,
         expert_table=router.expert_table,
-        token_ids=token_ids,
+        input_ids=input_ids,
         topk_ids=out.topk_ids,
         topk_weights=out.topk_weights,
         row_stride=row_stride,

@@ -7,7 +7,7 @@ import numpy as np
 from cumoe.cpu.experts import project as cpu_project
 from cumoe.cpu.route import route as cpu_route
 from cumoe.data.frame import Frame, Latent, RMSNorm, check_frame
-from cumoe.data.routing import Router, Routing, admit_token_ids, check_logits, check_router, check_slots
+from cumoe.data.routing import Router, Routing, admit_input_ids, check_logits, check_router, check_slots
 from cumoe.door.arrays import Kind, admit_like, give_back, on_device
 from cumoe.door.checks import FLOAT_DTYPES, check_count, check_dtype, check_shape, refuse
 from cumoe.door.factors import admit_factors
@@ -133,7 +133,7 @@ class MoE:
         self._workspace = Workspace()
         self._reserved_bytes = self.workspace_bytes(self.max_tokens) if self.max_tokens else 0
 
-    def __call__(self, x: Any, router_logits: Any = None, *, token_ids: Any = None, out: Any = None) -> Any:
+    def __call__(self, x: Any, router_logits: Any = None, *, input_ids: Any = None, out: Any = None) -> Any:
         """Route the tokens and compute the layer.
 
         Parameters
@@ -142,7 +142,7 @@ class MoE:
             In the dtype of the experts, of their library, on their device.
         router_logits : (num_tokens, num_experts) array, float32, float16 or bfloat16, optional
             In place of ``x @ router_weight^T + router_bias``. Identity experts count.
-        token_ids : (num_tokens,) array of an int dtype
+        input_ids : (num_tokens,) array of an int dtype
             For a router with an `expert_table`, and for no other. int32 is read in place.
         out : (num_tokens, hidden_size) array, optional
             As in `moe`.
@@ -167,19 +167,19 @@ class MoE:
         elif self.router_weight is None:
             raise ValueError(refuse("router_logits", "an array, since the layer has no router_weight", None))
         with on_device(kind):
-            ids = admit_token_ids(token_ids, self.router, kind, "x", num_tokens)
+            ids = admit_input_ids(input_ids, self.router, kind, "x", num_tokens)
             y, result = output(out, tokens.shape, tokens.dtype, kind, "x")
             (self._forward_gpu if kind.on_gpu else self._forward_cpu)(tokens, logits, ids, y)
         return result if out is not None else give_back(y, kind)
 
-    def _forward_cpu(self, tokens: Any, logits: Any, token_ids: Any, y: Any) -> None:
+    def _forward_cpu(self, tokens: Any, logits: Any, input_ids: Any, y: Any) -> None:
         router_x, expert_x = normalised(tokens, self.frame, {})
         if logits is None:
             logits = cpu_project(router_x.astype(np.float32, copy=False), self.router_weight, self.router_bias, None)
-        routing = cpu_route(logits, self.router, token_ids)
+        routing = cpu_route(logits, self.router, input_ids)
         framed_forward(expert_x, routing, self.experts, self.shared, self.weight_on, self.frame, y, {})
 
-    def _forward_gpu(self, tokens: Any, logits: Any, token_ids: Any, y: Any) -> None:
+    def _forward_gpu(self, tokens: Any, logits: Any, input_ids: Any, y: Any) -> None:
         with self._workspace.lock:
             buffers = self._workspace.arrays(self._buffers(tokens.shape[0]), self._reserved_bytes)
             router_x, expert_x = normalised(tokens, self.frame, buffers)
@@ -187,7 +187,7 @@ class MoE:
                 logits = buffers["router_logits"]
                 gpu_router_logits(router_x, self.router_weight, self.router_bias, logits)
             routing = Routing(buffers["topk_ids"], buffers["topk_weights"])
-            gpu_route(logits, self.router, routing, token_ids)
+            gpu_route(logits, self.router, routing, input_ids)
             framed_forward(expert_x, routing, self.experts, self.shared, self.weight_on, self.frame, y, buffers)
 
     def _buffers(self, num_tokens: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
