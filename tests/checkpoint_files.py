@@ -7,6 +7,7 @@ import numpy as np
 
 from cumoe.checkpoint.files import DTYPES, INDEX, SINGLE
 
+BF16 = np.dtype(ml_dtypes.bfloat16)
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -55,15 +56,15 @@ MIXTRAL = {
 }  # fmt: skip
 
 
-def mixtral(rng, dtype=np.float32, layers=(0, 2)):
+def mixtral(rng, dtype=np.float32, layers=(0, 2), config=MIXTRAL):
     """Return the tensors of a tiny Mixtral whose other layers are dense."""
-    hidden, width, experts = (MIXTRAL[key] for key in ("hidden_size", "intermediate_size", "num_local_experts"))
+    hidden, width, experts = (config[key] for key in ("hidden_size", "intermediate_size", "num_local_experts"))
 
     def normal(*shape):
         return (rng.standard_normal(shape) * shape[-1] ** -0.5).astype(dtype)
 
     arrays = {"model.embed_tokens.weight": normal(32, hidden), "model.norm.weight": normal(hidden)}
-    for layer in range(MIXTRAL["num_hidden_layers"]):
+    for layer in range(config["num_hidden_layers"]):
         block = f"model.layers.{layer}.block_sparse_moe"
         if layer not in layers:
             arrays[f"model.layers.{layer}.mlp.up_proj.weight"] = normal(width, hidden)
@@ -92,6 +93,3 @@ def by_definition(arrays, x, layer=0, top_k=2):
             gate, up = weight(f"experts.{e}.w1") @ token, weight(f"experts.{e}.w3") @ token
             y[t] += w * (weight(f"experts.{e}.w2") @ (gate / (1 + np.exp(-gate)) * up))
     return y
-
-
-BF16 = np.dtype(ml_dtypes.bfloat16)

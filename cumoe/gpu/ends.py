@@ -32,13 +32,18 @@ FINISH_LAUNCH = Struct(
 
 
 @cache
-def _module(device_id: int) -> Any:
-    """Return the kernels for a device; they are compiled for the layers that need them, not at import."""
+def _module() -> Any:
+    """Return the kernels; they are compiled for the layers that need them, not at import."""
     return cupy.RawModule(code=unit_source("ends"), options=OPTIONS)
 
 
-def prepare() -> None:
-    """Compile the kernels for the current device, so that no call of the layer has to (a capture could not).
+@cache
+def _kernel(name: str) -> Any:
+    return _module().get_function(name)
+
+
+def prepare(dtype: np.dtype) -> None:
+    """Compile the kernels and load those of a dtype for the current device: no call, which may be captured, has to.
 
     Raises
     ------
@@ -46,12 +51,13 @@ def prepare() -> None:
         If the kernels could not be compiled on this machine; the text says why.
     """
     kernel("route_float32")  # raises where nothing compiles
-    _module(cupy.cuda.runtime.getDevice()).compile()
+    _module().compile()
+    for name in ("rms_norm", "finish"):
+        _kernel(f"ends_{name}_{dtype.name}")
 
 
 def _launch(name: str, num_tokens: int, argument: np.ndarray) -> None:
-    function = _module(cupy.cuda.runtime.getDevice()).get_function(name)
-    function((-(-num_tokens // WARPS),), (WARPS * 32,), (argument,))
+    _kernel(name)((-(-num_tokens // WARPS),), (WARPS * 32,), (argument,))
 
 
 def rms_norm(x: Any, norm: RMSNorm, plain: Any, scaled: Any) -> None:

@@ -129,7 +129,7 @@ class MoE:
             raise ValueError(refuse("router_weight", "an array, since there is a router_bias", None))
         if kind.on_gpu and (self.frame.has_end or input_norm is not None):
             with on_device(kind):
-                gpu_ends.prepare()
+                gpu_ends.prepare(self.experts.dtype)
         self._workspace = Workspace()
         self._reserved_bytes = self.workspace_bytes(self.max_tokens) if self.max_tokens else 0
 
