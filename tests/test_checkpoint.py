@@ -291,6 +291,18 @@ BROKEN = {
     ),
     "overlapping tensors": (header(**{W1: entry()}), ValueError, r"expected a safetensors file, got .*"),
     "bytes that are not the shape": (header(**{W1: entry(shape=(24, 41))}), ValueError, r"984 numbers of F32 .* 3840"),
+    "experts without a router": (
+        replaced(GATE, None), ValueError, r"checkpoint: expected a tensor model.layers.0.*gate.weight in .*, got none",
+    ),
+    "a number that is a word": (
+        changed(num_local_experts="4"), TypeError, r"config.json: num_experts: expected an int, got str",
+    ),
+    "a number of layers that is none": (
+        changed(num_hidden_layers=0), ValueError, r"config.json: num_hidden_layers: expected at least 1, got 0",
+    ),
+    "list that is too short": (
+        changed(num_experts_per_tok=[]), ValueError, r"num_experts_per_tok: expected an item for layer 0, got 0 items",
+    ),
     "missing tensor": (
         replaced(W1, None), ValueError, r"experts.1.w1.weight: expected a tensor of this name in .*, got none",
     ),
@@ -370,5 +382,5 @@ def test_an_index_that_is_none(tmp_path, arrays):
 def test_a_layer_without_experts_at_all(tmp_path, rng):
     folder = write_checkpoint(tmp_path / "c", MIXTRAL, mixtral(rng, layers=()))
     assert cumoe.layers(folder) == []
-    with pytest.raises(ValueError, match=r"\(none: the checkpoint has no router\)"):
+    with pytest.raises(ValueError, match=r"\(none: no tensor is one of experts\)"):
         cumoe.load(folder, 0, device="cpu")

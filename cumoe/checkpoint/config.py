@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cumoe.checkpoint.files import read_json
-from cumoe.door.checks import refuse
+from cumoe.door.checks import check_count, refuse
 
 TEXT_PARTS = ("text_config", "language_config", "llm_config", "thinker_config")
 """Where a model of several modalities keeps the configuration of its language model."""
@@ -46,9 +46,10 @@ class Config:
     def __init__(self, values: dict[str, Any], layer: int) -> None:
         self._values, self.layer = values, layer
 
-    def has(self, name: str) -> bool:
-        """Whether the value is written, under any of its names."""
-        return any(alias in self._values for alias in (name, *ALIASES.get(name, ())))
+    def count(self, name: str) -> int | None:
+        """Return a number of things, None if it is not written; raise TypeError or ValueError if it is no number."""
+        value = self[Key(name, None)]
+        return None if value is None else check_count(f"config.json: {name}", value, 1)
 
     def __getitem__(self, key: Key) -> Any:
         """Return a value, or its default; raise ValueError if it has neither or the list is too short."""
@@ -90,7 +91,7 @@ def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
     while True:
         _refuse_quantised(values)
         inner = next((values[part] for part in TEXT_PARTS if isinstance(values.get(part), dict)), None)
-        if inner is None:
+        if not inner:
             break
         values = inner
         model_type = values.get("model_type") or model_type

@@ -4,172 +4,39 @@ A family is one entry of `FAMILIES`, under the model_type of its config.json. A 
 config.json, with the default that the family's own configuration class has.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from cumoe.checkpoint.config import Config, Key
-from cumoe.checkpoint.projections import Projections
-from cumoe.door.checks import refuse
-from cumoe.layer.moe import WeightOn
-
-Value = Any  # a Key, a function of the Config, or the value itself
-
-LINEAR = Projections("experts.{e}.up_proj.weight", "experts.{e}.down_proj.weight", "experts.{e}.gate_proj.weight")
-W123 = Projections("experts.{e}.w3.weight", "experts.{e}.w2.weight", "experts.{e}.w1.weight")
-PACKED = Projections("experts.gate_up_proj", "experts.down_proj", stack="one")
-PACKED_COLUMNS = replace(PACKED, order="columns")
-PACKED_LINEAR = Projections("input_linear.weight", "output_linear.weight", stack="one")
-FC = Projections("experts.fc1.weight", "experts.fc2.weight", stack="one", order="columns")
-STACKED = Projections("up_proj.weight", "down_proj.weight", "gate_proj.weight", stack="one")
-ROWS = Projections("experts.mlp.v1", "experts.mlp.w2", "experts.mlp.w1", stack="flat")
-UNGATED = Projections("experts.{e}.up_proj.weight", "experts.{e}.down_proj.weight", layout="ungated")
-UNGATED_PACKED = Projections("experts.up_proj", "experts.down_proj", layout="ungated", stack="one")
-UNGATED_COLUMNS = Projections(
-    "experts.gate_and_up_projs", "experts.down_projs", layout="ungated", stack="one", order="columns"
+from cumoe.checkpoint.family import Family
+from cumoe.checkpoint.projections import (
+    FC,
+    LINEAR,
+    PACKED,
+    PACKED_COLUMNS,
+    PACKED_LINEAR,
+    ROWS,
+    STACKED,
+    UNGATED,
+    UNGATED_COLUMNS,
+    UNGATED_PACKED,
+    W123,
+    Projections,
+    mlp,
+)
+from cumoe.checkpoint.routings import (
+    deepseek_v4_scoring,
+    grouped_sigmoid,
+    is_normalised,
+    norm_order,
+    only_by_groups,
+    sigmoid_with_bias,
+    softmax,
+    softmax_of_chosen,
+    top_k,
 )
 
-
 NORM_EPS = Key("rms_norm_eps", 1e-6)
-
-
-def mlp(name: str, up: str = "up_proj", down: str = "down_proj", gate: str = "gate_proj") -> Projections:
-    """Return where one shared expert lies."""
-    return Projections(f"{name}.{up}.weight", f"{name}.{down}.weight", f"{name}.{gate}.weight")
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one family of models writes its layers.
-
-    Names are templates of `cumoe.checkpoint.names.Names`: below the block of the experts, or with ``../`` below the
-    layer. Several are tried in order: releases of transformers and of the models differ.
-
-    Parameters
-    ----------
-    routing : mapping
-        Arguments of `cumoe.Router` besides arrays. num_groups of None or 1 is no groups, logit_softcap of 0 none.
-    experts, shared : tuple of Projections
-        Ways in which they are stored; `shared` is empty where a family has none.
-    blocks : tuple of str
-        Where the experts are, below the layer; may be empty: directly.
-    router : tuple of str
-        Router weight.
-    router_bias, selection_bias, expert_scale, expert_table : tuple of str
-        Other arrays of the router, all required but the table, which takes the place of a selection bias.
-    router_scale : str
-        A vector of (hidden_size,) that is multiplied into the router weight, with hidden_size ** -0.5.
-    has_selection_bias, has_shared : Value
-        Whether there are; numbers count as in Python, None and 0 are no.
-    shared_gate : str
-    shared_is_averaged : Value
-        Whether the result is half the sum of routed and shared experts; "average" is yes.
-    activation, shared_activation : mapping
-        Arguments of `cumoe.Activation`. A limit of 0 or None is none. The shared one is the routed one by default.
-    weight_on : {"output", "input", "activation"}
-    intermediate_size : str
-        Of config.json, for the routed experts.
-    num_identity_experts : Value
-    latent : pair of str
-        Weights of the projections into and out of the latent space; required if the key has_latent says so.
-    has_latent : Value
-    output_bias, input_norm, output_norm : tuple of str
-        Vectors around the experts.
-    norm_eps : Value
-    """
-
-    routing: Mapping[str, Value]
-    experts: tuple[Projections, ...] = (LINEAR, PACKED)
-    shared: tuple[Projections, ...] = ()
-    blocks: tuple[str, ...] = ("mlp",)
-    router: tuple[str, ...] = ("gate.weight",)
-    router_bias: tuple[str, ...] = ()
-    selection_bias: tuple[str, ...] = ()
-    expert_scale: tuple[str, ...] = ()
-    expert_table: tuple[str, ...] = ()
-    router_scale: str = ""
-    has_selection_bias: Value = True
-    has_shared: Value = True
-    shared_gate: str = ""
-    shared_is_averaged: Value = False
-    activation: Mapping[str, Value] = field(default_factory=lambda: {"name": Key("hidden_act", "silu")})
-    shared_activation: Mapping[str, Value] | None = None
-    weight_on: WeightOn = "output"
-    intermediate_size: str = "moe_intermediate_size"
-    num_identity_experts: Value = 0
-    latent: tuple[str, str] | None = None
-    has_latent: Value = None
-    output_bias: tuple[str, ...] = ()
-    input_norm: tuple[str, ...] = ()
-    output_norm: tuple[str, ...] = ()
-    norm_eps: Value = None
-
-
-def top_k(default: Any = ...) -> Key:
-    """Return the key of the number of experts a token."""
-    return Key("num_experts_per_tok", default)
-
-
-def grouped_sigmoid(
-    k: int | None, groups: int | None, kept: int | None, renormalize: bool, scale: float, **options: Any
-) -> dict[str, Value]:
-    """Return the routing of DeepSeek-V3 with the defaults of a relative."""
-    return {
-        "top_k": top_k(k),
-        "scoring": "sigmoid",
-        "renormalize": Key("norm_topk_prob", renormalize),
-        "renormalize_eps": 1e-20,
-        "num_groups": Key("n_group", groups),
-        "top_groups": Key("topk_group", kept),
-        "scale": Key("routed_scaling_factor", scale),
-        **options,
-    }
-
-
-def sigmoid_with_bias(k: Any, eps: float = 0.0, **options: Any) -> dict[str, Value]:
-    """Return the routing of MiniMax-M2 and others: renormalised sigmoids, no groups."""
-    return {"top_k": top_k(k), "scoring": "sigmoid", "renormalize": True, "renormalize_eps": eps, **options}
-
-
-def softmax(k: Any, renormalize: Value) -> dict[str, Value]:
-    """Return the routing of Mixtral and Qwen: the softmax over all experts."""
-    return {"top_k": top_k(k), "renormalize": renormalize}
-
-
-def softmax_of_chosen(k: Any) -> dict[str, Value]:
-    """Return the routing of gpt-oss and Granite: the softmax over the chosen logits."""
-    return {"top_k": top_k(k), "select_by": "logits"}
-
-
-def _word(config: Config, key: Key, words: Mapping[str, Any]) -> Any:
-    value = config[key]
-    if value not in words:
-        raise ValueError(refuse(f"config.json: {key.name}", " or ".join(map(repr, words)), repr(value)))
-    return words[value]
-
-
-def _only_by_groups(key: Key) -> Value:
-    """Return a key of the groups of DeepSeek-V2, which has them with one of its two methods only."""
-
-    def value(config: Config) -> Any:
-        by_groups = _word(config, Key("topk_method", "greedy"), {"greedy": False, "group_limited_greedy": True})
-        return config[key] if by_groups else None
-
-    return value
-
-
-def _deepseek_v4_scoring(config: Config) -> str:
-    known = {"sqrtsoftplus": "sqrt_softplus", "sigmoid": "sigmoid", "softmax": "softmax"}
-    return str(_word(config, Key("scoring_func", "sqrtsoftplus"), known))
-
-
-def _norm_order(config: Config) -> Any:
-    order = config[Key("moe_normalize_expert_weights", 1.0)] or 1
-    return int(order) if order == int(order) else order  # JSON has 1.0; Router refuses what is neither 1 nor 2
-
-
-def _is_normalised(config: Config) -> bool:
-    return config[Key("moe_normalize_expert_weights", 1.0)] is not None
 
 
 def _dbrx_activation(config: Config) -> str:
@@ -240,7 +107,7 @@ FAMILIES: dict[str, Family] = {
         router=("router.gate.weight",), selection_bias=("expert_bias",), shared=(SHARED,),
     ),
     "aria": Family(
-        {"top_k": Key("moe_topk", 2), "select_by": "logits"},
+        {"top_k": top_k(2), "select_by": "logits"},
         (FC, PACKED_COLUMNS), router=("router.weight",), shared=(SHARED,), intermediate_size="intermediate_size",
     ),
     "axk1": _deepseek_v3_like(
@@ -258,15 +125,15 @@ FAMILIES: dict[str, Family] = {
         intermediate_size="intermediate_size",
     ),
     "dbrx": Family(
-        {"top_k": Key("moe_top_k", 1), "renormalize": _is_normalised, "renormalize_order": _norm_order},
+        {"top_k": top_k(1), "renormalize": is_normalised, "renormalize_order": norm_order},
         (ROWS,), blocks=("ffn",), router=("router.layer.weight",),
         activation={"name": _dbrx_activation}, intermediate_size="ffn_hidden_size",
     ),
     "deepseek_v2": Family(
         {
             "top_k": top_k(None), "scale": Key("routed_scaling_factor", 1.0), "group_score": "max",
-            "num_groups": _only_by_groups(Key("n_group", None)),
-            "top_groups": _only_by_groups(Key("topk_group", None)), "dropped_groups": "zero",
+            "num_groups": only_by_groups(Key("n_group", None)),
+            "top_groups": only_by_groups(Key("topk_group", None)), "dropped_groups": "zero",
         },
         shared=(SHARED,), has_shared=Key("n_shared_experts", 2),
     ),
@@ -274,7 +141,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v32": DEEPSEEK_V3,
     "deepseek_v4": Family(
         {
-            "top_k": top_k(6), "scoring": _deepseek_v4_scoring, "renormalize": True, "renormalize_eps": 1e-20,
+            "top_k": top_k(6), "scoring": deepseek_v4_scoring, "renormalize": True, "renormalize_eps": 1e-20,
             "scale": Key("routed_scaling_factor", 1.5),
         },
         (W123, PACKED), blocks=("ffn", "mlp"), selection_bias=("gate.bias", *BIAS), expert_table=("gate.tid2eid",),
@@ -283,7 +150,7 @@ FAMILIES: dict[str, Family] = {
     "dots1": _deepseek_v3_like(None, 1, 1, False, 1.0),
     "ernie4_5_moe": Family(
         {
-            "top_k": Key("moe_k", 6), "renormalize": True, "renormalize_eps": Key("moe_norm_min", 1e-12),
+            "top_k": top_k(6), "renormalize": True, "renormalize_eps": Key("moe_norm_min", 1e-12),
             "renormalize_eps_mode": "clamp",
         },
         selection_bias=("moe_statics.e_score_correction_bias", "gate.moe_statics.e_score_correction_bias"),
@@ -310,7 +177,7 @@ FAMILIES: dict[str, Family] = {
     "granitemoehybrid": replace(GRANITE_SHARED, has_shared=Key("shared_intermediate_size", 1024)),
     "granitemoeshared": GRANITE_SHARED,
     "hunyuan_v1_moe": Family(
-        {"top_k": Key("moe_topk", 1), "renormalize": True},
+        {"top_k": top_k(1), "renormalize": True},
         router=("gate.wg.weight",), shared=(mlp("shared_mlp"),), intermediate_size="intermediate_size",
     ),
     "hy_v3": Family(
@@ -353,7 +220,7 @@ FAMILIES: dict[str, Family] = {
         intermediate_size="intermediate_size",
     ),
     "longcat_flash": Family(
-        {"top_k": Key("moe_topk", 12), "scale": Key("routed_scaling_factor", 6.0)},
+        {"top_k": top_k(12), "scale": Key("routed_scaling_factor", 6.0)},
         router=("router.classifier.weight",), selection_bias=("router.e_score_correction_bias",),
         num_identity_experts=Key("zero_expert_num", 256), intermediate_size="expert_ffn_hidden_size",
     ),

@@ -8,8 +8,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from cumoe.checkpoint.assemble import assemble
-from cumoe.checkpoint.config import Config, Key, read_config
-from cumoe.checkpoint.families import FAMILIES, Family
+from cumoe.checkpoint.config import Config, read_config
+from cumoe.checkpoint.families import FAMILIES
+from cumoe.checkpoint.family import Family
 from cumoe.checkpoint.files import Files
 from cumoe.checkpoint.names import Names, layer_numbers, moe_layers
 from cumoe.checkpoint.plan import LayerPlan, plan_layer
@@ -130,8 +131,9 @@ def load(
         choices = plan.num_experts + plan.num_identity_experts
         check_count("num_experts", choices, 1, GPU_MAX_EXPERTS, of=" on a GPU")
     arrays = read(checkpoint.files, plan.arrays, on_gpu, widen, progress)
-    log.info("layer %d of %s (%s): %d bytes read", layer, path, checkpoint.family_name, _shape(plan).num_bytes)
-    return assemble(plan, arrays, max_tokens)
+    layer_read = assemble(plan, arrays, max_tokens)
+    log.info("layer %d of %s: %s, %d bytes", layer, path, checkpoint.family_name, _shape(plan).num_bytes)
+    return layer_read
 
 
 def _wide_dtype(dtype: Any) -> np.dtype | None:
@@ -152,15 +154,14 @@ class _Checkpoint:
         if self.family_name not in FAMILIES:
             raise ValueError(refuse("model_type", one_of(sorted(FAMILIES)), repr(self.family_name)))
         self.family: Family = FAMILIES[self.family_name]
-        config = Config(self.values, 0)
-        self.num_layers = config[Key("num_hidden_layers", None)]
-        routers = self.family.router
-        self.moe_layers: dict[int, Names] = moe_layers(self.files, self.family.blocks, routers, self.num_layers)
+        self.num_layers = Config(self.values, 0).count("num_hidden_layers")
+        marks = (*self.family.router, *(way.down for way in self.family.experts if "experts" in way.down))
+        self.moe_layers: dict[int, Names] = moe_layers(self.files, self.family.blocks, marks, self.num_layers)
 
     def plan(self, layer: int) -> LayerPlan:
         """Return what a layer is made of; raise ValueError where it has no experts."""
         if layer not in self.moe_layers:
-            there = layer_numbers(sorted(self.moe_layers)) or "none: the checkpoint has no router"
+            there = layer_numbers(sorted(self.moe_layers)) or "none: no tensor is one of experts"
             known = self.num_layers is not None and layer >= self.num_layers
             what = f"{layer} of {self.num_layers} layers" if known else f"{layer}, which has no experts"
             raise ValueError(refuse("layer", f"one of the layers with experts ({there})", what))

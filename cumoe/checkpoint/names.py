@@ -54,13 +54,13 @@ class Names:
         return f"{self.block}.{name}" if self.block else name
 
 
-def moe_layers(files: Files, blocks: Sequence[str], routers: Sequence[str], num_layers: int | None) -> dict[int, Names]:
-    """Return the layers that have a router, below one of `blocks`.
+def moe_layers(files: Files, blocks: Sequence[str], marks: Sequence[str], num_layers: int | None) -> dict[int, Names]:
+    """Return the layers that have one of `marks`, tensors that only experts have, below one of `blocks`.
 
     Raises
     ------
     ValueError
-        If two stacks of layers have routers, so that a layer's number does not say which is meant.
+        If two stacks of layers have experts, so that a layer's number does not say which is meant.
     """
     stacks: dict[str, dict[int, dict[str, str]]] = {}
     for name in files.names:
@@ -72,7 +72,7 @@ def moe_layers(files: Files, blocks: Sequence[str], routers: Sequence[str], num_
         for number in sorted(layers):
             for block in blocks:
                 names = Names(files, f"{stack}.{number}.", layers[number], block)
-                if any(names.has(router) for router in routers) and (num_layers is None or number < num_layers):
+                if any(map(names.has, marks)) and (num_layers is None or number < num_layers):
                     found.setdefault(stack, {})[number] = names
                     break
     if len(found) > 1:

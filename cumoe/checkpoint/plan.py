@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cumoe.checkpoint.config import Config, Key
-from cumoe.checkpoint.families import Family, Value
+from cumoe.checkpoint.config import Config
+from cumoe.checkpoint.family import Family, Value
 from cumoe.checkpoint.files import Tensor
 from cumoe.checkpoint.names import Names
 from cumoe.checkpoint.projections import Plan, Projections, check_float, choose, plan_tensor
@@ -95,7 +95,7 @@ def _router_sizes(weight: Tensor, config: Config, identity: int) -> tuple[int, i
     """Return the numbers of choices and of hidden features: those of config.json, or of the tensor without them."""
     if len(weight.shape) != 2:
         raise ValueError(refuse(weight.name, "shape (num_experts, hidden_size)", weight.shape))
-    num_experts, hidden_size = (config[Key(name, None)] for name in ("num_experts", "hidden_size"))
+    num_experts, hidden_size = config.count("num_experts"), config.count("hidden_size")
     wanted = (
         weight.shape[0] if num_experts is None else num_experts + identity,
         weight.shape[1] if hidden_size is None else hidden_size,
@@ -182,7 +182,7 @@ class _Planner:
 
     def check_width(self, down: Plan) -> None:
         """Raise ValueError where config.json says another intermediate size than the tensors have."""
-        width = self.config[Key(self.family.intermediate_size, None)]
+        width = self.config.count(self.family.intermediate_size)
         found = down.viewed_shape[2]
         if width is not None and width != found:
             name = down.copies[0].tensor.name

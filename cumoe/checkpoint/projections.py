@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -164,3 +164,23 @@ def choose(
 
 def _bias_of(weight: str) -> str:
     return weight.removesuffix(".weight") + (".bias" if weight.endswith(".weight") else "_bias")
+
+
+LINEAR = Projections("experts.{e}.up_proj.weight", "experts.{e}.down_proj.weight", "experts.{e}.gate_proj.weight")
+W123 = Projections("experts.{e}.w3.weight", "experts.{e}.w2.weight", "experts.{e}.w1.weight")
+PACKED = Projections("experts.gate_up_proj", "experts.down_proj", stack="one")
+PACKED_COLUMNS = replace(PACKED, order="columns")
+PACKED_LINEAR = Projections("input_linear.weight", "output_linear.weight", stack="one")
+FC = Projections("experts.fc1.weight", "experts.fc2.weight", stack="one", order="columns")
+STACKED = Projections("up_proj.weight", "down_proj.weight", "gate_proj.weight", stack="one")
+ROWS = Projections("experts.mlp.v1", "experts.mlp.w2", "experts.mlp.w1", stack="flat")
+UNGATED = Projections("experts.{e}.up_proj.weight", "experts.{e}.down_proj.weight", layout="ungated")
+UNGATED_PACKED = Projections("experts.up_proj", "experts.down_proj", layout="ungated", stack="one")
+UNGATED_COLUMNS = Projections(
+    "experts.gate_and_up_projs", "experts.down_projs", layout="ungated", stack="one", order="columns"
+)
+
+
+def mlp(name: str, up: str = "up_proj", down: str = "down_proj", gate: str = "gate_proj") -> Projections:
+    """Return where one shared expert lies."""
+    return Projections(f"{name}.{up}.weight", f"{name}.{down}.weight", f"{name}.{gate}.weight")
