@@ -1,5 +1,7 @@
 """Every family of the table against the module of transformers: saved by it, loaded without it."""
 
+import shutil
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from cumoe.checkpoint.families import FAMILIES
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.23")
 
+from safetensors.numpy import load_file, save_file  # noqa: E402
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
 from transformers_models import MODELS, build, expected  # noqa: E402
 
@@ -57,6 +60,32 @@ def test_a_loaded_layer_is_the_module(backend, saved, name, dtype):
     got = layer(tokens, input_ids=None if ids is None else backend.asarray(ids))
     assert got.dtype == layer.experts.dtype
     assert_close(backend.asnumpy(got), y, layer.experts.dtype, name)
+
+
+@pytest.mark.parametrize("name", [
+    "axk1", "aria", "dbrx", "deepseek_v3", "deepseek_v4", "exaone_moe", "granitemoeshared", "hy_v4", "kimi_linear",
+    "minimax_m2", "minimax_m3_vl", "mixtral", "nemotron_h", "phimoe", "qwen2_moe", "step3p7",
+])  # fmt: skip
+def test_the_names_of_the_modules_do_as_well(saved, tmp_path, name):
+    """As transformers saves them where it does not go back to the names of the original checkpoints."""
+    _, x, ids, y = saved(name)
+    build(MODELS[name], name).save_pretrained(tmp_path, save_original_format=False)
+    layer = cumoe.load(tmp_path, MODELS[name].layer, device="cpu")
+    assert_close(layer(x, input_ids=ids), y, np.float32, name)
+
+
+def test_packed_weights_in_either_order(saved, tmp_path):
+    """Hub checkpoints of Qwen3-VL-MoE hold (E, hidden, 2I), transformers writes (E, 2I, hidden)."""
+    folder, x, ids, y = saved("qwen3_vl_moe")
+    tensors = load_file(folder / "float32" / "model.safetensors")
+    swapped = {
+        name: np.ascontiguousarray(array.swapaxes(1, 2)) if "experts" in name else array
+        for name, array in tensors.items()
+    }
+    assert any(swapped[name].shape != array.shape for name, array in tensors.items())
+    save_file(swapped, tmp_path / "model.safetensors")
+    shutil.copy(folder / "float32" / "config.json", tmp_path)
+    assert_close(cumoe.load(tmp_path, 1, device="cpu")(x, input_ids=ids), y, np.float32)
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "ernie4_5_moe", "hunyuan_v1_moe", "nemotron_h", "lfm2_moe"])
