@@ -68,6 +68,7 @@ def test_run_by_token_ids(tmp_path):
     assert main([*arguments, "--output", str(out), "--input-ids", saved(tmp_path, ids, "ids.npy")]) == 0
     once = np.load(out)
     assert main([*arguments, "--output", str(out), "--input-ids", saved(tmp_path, ids[::-1], "ids.npy")]) == 0
+    assert main([*arguments, "--output", str(out)]) == 2
     assert once.shape == x.shape
     assert not np.array_equal(np.load(out), once)
 

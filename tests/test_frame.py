@@ -23,7 +23,7 @@ def frame(rng, names, hidden_size, latent_size, dtype):
 
     def drawn(name):
         if name == "num_identity_experts":
-            return NUM_IDENTITY
+            return np.int64(NUM_IDENTITY)  # a count may be a NumPy scalar
         if name == "output_bias":
             return normal(hidden_size)
         if name == "latent":
@@ -91,6 +91,7 @@ def test_a_framed_layer_is_its_definition(backend, rng, names, shared_sizes, dty
     layer.shared, layer.x = wide.shared, wide.x
     parts = frame(rng, names, hidden_size, latent_size, dtype)
     moe, weight = build(backend, layer, parts, rng, hidden_size)
+    assert all((name in repr(moe)) == (name in names) for name in PARTS)
     y = backend.asnumpy(moe(backend.asarray(layer.x)))
     assert y.dtype == dtype
     assert_close(y, by_definition(layer, parts, weight, layer.x), dtype, "+".join(names))

@@ -11,7 +11,7 @@ LAYER = re.compile(r"((?:.+?\.)?(?:layers|blocks))\.(\d+)\.(.+)")
 QUANTISED = re.compile(r".*(_blocks|_scales?|_scale_inv|\.qweight|\.qzeros|\.weight_packed|\.weight_scale)")
 """Tensors beside quantised weights, which stand there also where config.json does not tell."""
 
-NOT_THE_LANGUAGE_MODEL = re.compile(r"\b(mtp|nextn|draft|talker|vision\w*|visual|audio\w*|encoder)\b")
+NOT_THE_LANGUAGE_MODEL = re.compile(r"\b(mtp|nextn|draft|talker|vision|visual|audio|encoder)")
 """Stacks of layers beside those that config.json counts: prediction heads, towers of other modalities."""
 
 

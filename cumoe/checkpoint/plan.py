@@ -68,6 +68,7 @@ def plan_layer(family_name: str, family: Family, config: Config, names: Names) -
     planner.frame()
     planner.check_dtypes()
     arguments = _router_arguments(family, config)
+    planner.check_table(arguments["top_k"])
     Router(**arguments).check_experts(num_choices, "the checkpoint")  # before anything is read
     activation = _activation(config, family.activation)
     own = family.shared_activation
@@ -158,13 +159,17 @@ class _Planner:
             tensor = names.tensor(table)
             if tensor.dtype not in ID_DTYPES:
                 raise TypeError(refuse(tensor.name, "a dtype of whole numbers", tensor.dtype_name))
-            if len(tensor.shape) != 2:
-                raise ValueError(refuse(tensor.name, "shape (vocab_size, top_k)", tensor.shape))
             self.arrays["router.expert_table"] = plan_tensor(tensor, tensor.shape)
         elif family.selection_bias and self.config.resolve(family.has_selection_bias):
             self.vector("router.selection_bias", names.tensor(names.first(family.selection_bias)), choices)
         if family.router_scale:
             self.vector("router_scale", names.tensor(family.router_scale), (self.hidden_size,))
+
+    def check_table(self, top_k: int) -> None:
+        """Raise ValueError unless a table of experts has `top_k` of them for every token id."""
+        table = self.arrays.get("router.expert_table")
+        if table is not None and (len(table.shape) != 2 or table.shape[1] != top_k):
+            raise ValueError(refuse(table.copies[0].tensor.name, f"shape (vocab_size, top_k={top_k})", table.shape))
 
     def latent(self) -> int:
         """Add the projections around the experts; return the width between them, 0 without any."""

@@ -99,7 +99,7 @@ class Frame(NamedTuple):
 
 
 def check_frame(frame: Frame, hidden_size: int, dtype: np.dtype, kind: Kind) -> Frame:
-    """Return the frame with its bias in float32; raise unless all fits tokens of `hidden_size` and the experts."""
+    """Return the frame as kernels take it; raise unless all fits tokens of `hidden_size` and the experts."""
     for name in ("input_norm", "output_norm"):
         norm = getattr(frame, name)
         if norm is None:
@@ -111,6 +111,6 @@ def check_frame(frame: Frame, hidden_size: int, dtype: np.dtype, kind: Kind) -> 
     if frame.latent is not None:
         check_kind("latent", frame.latent.kind, kind, "experts")
         check_same_dtype("latent", frame.latent, dtype, "experts")
-    check_count("num_identity_experts", frame.num_identity_experts, 0)
+    identity = check_count("num_identity_experts", frame.num_identity_experts, 0)
     bias = admit_factors("output_bias", frame.output_bias, {"hidden_size": hidden_size}, kind, "experts")
-    return frame._replace(output_bias=bias)
+    return frame._replace(num_identity_experts=identity, output_bias=bias)

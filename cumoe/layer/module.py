@@ -112,7 +112,7 @@ class MoE:
             )
         if num_identity_experts and (weight_on != "output" or latent is not None):
             raise ValueError(refuse("num_identity_experts", "weight_on='output' and no latent beside it", weight_on))
-        self.num_choices = self.experts.num_experts + num_identity_experts
+        self.num_choices = self.experts.num_experts + self.frame.num_identity_experts
         check_router(router, self.num_choices, kind, "experts")
         self.max_tokens = check_count("max_tokens", max_tokens, 0)
         axes = {"num_experts": self.num_choices, "hidden_size": self.hidden_size}
@@ -205,5 +205,10 @@ class MoE:
 
     def __repr__(self) -> str:
         """Return the parts."""
-        parts = ", ".join(repr(part) for part in (self.experts, *self.shared))
+        around = [
+            name
+            for name, part in self.frame._asdict().items()
+            if not (part is None or (isinstance(part, int) and part == 0))
+        ]
+        parts = ", ".join([*(repr(part) for part in (self.experts, *self.shared)), *around])
         return f"MoE({parts}, top_k={self.router.top_k}, scoring={self.router.scoring!r}, weight_on={self.weight_on!r})"
