@@ -39,6 +39,8 @@ def frame_buffers(
             if shared:
                 apart = gpu_experts.buffers(num_tokens, 0, shared[0].weights[0], shared)
                 wanted |= {SHARED + name: spec for name, spec in apart.items() if name != "shared_rows"}
+        else:  # rows have the dtype of what the combine writes, here the float32 total
+            wanted |= {name: (wanted[name][0], float32) for name in ("rows", "shared_rows")}
         wanted["totals"] = ((num_totals, *wide[0]), float32)
     return wanted
 
