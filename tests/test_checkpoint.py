@@ -170,6 +170,16 @@ def test_missing_values_are_the_defaults_of_the_family(tmp_path, arrays, rng):
     assert_close(cumoe.load(folder, 0, device="cpu")(x), by_definition(arrays, x, 0), np.float32)
 
 
+def test_a_list_has_an_item_a_layer(tmp_path, arrays, rng):
+    """As Hunyuan writes its numbers."""
+    config = MIXTRAL | {"num_experts_per_tok": [1, 0, 2], "num_local_experts": [4, 0, 4]}
+    folder = write_checkpoint(tmp_path / "c", config, arrays)
+    assert [shape.top_k for shape in cumoe.layers(folder)] == [1, 2]
+    x = rng.standard_normal((5, 40), np.float32)
+    y = cumoe.load(folder, 0, device="cpu")(x)
+    assert_close(y, by_definition(arrays, x, 0, top_k=1), np.float32)
+
+
 def test_the_text_part_of_a_composite(tmp_path, arrays, rng):
     """Its own model_type counts, if it has one."""
     moved = {name.replace("model.", "language_model.model.", 1): array for name, array in arrays.items()}

@@ -77,7 +77,7 @@ MODELS = {
     "olmoe": Model({"intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True}),
     "flex_olmo": Model({"intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 3}),
     "deepseek_v2": Model(DEEPSEEK | MLA | {"topk_method": "group_limited_greedy"}),
-    "deepseek_v3": Model(DEEPSEEK | MLA),
+    "deepseek_v3": Model(DEEPSEEK | MLA | {"norm_topk_prob": False}),
     "deepseek_v32": Model(DEEPSEEK | MLA | INDEXER),
     "glm4_moe": Model(DEEPSEEK),
     "dots1": Model(DEEPSEEK),
@@ -97,7 +97,9 @@ MODELS = {
     ),
     "axk1": Model(DEEPSEEK | MLA),
     "axk2": Model(DEEPSEEK | MLA | INDEXER),
-    "mistral4": Model(DEEPSEEK | MLA | {"first_k_dense_replace": 0}, cls="Mistral4ForCausalLM"),
+    "mistral4": Model(
+        DEEPSEEK | MLA | {"first_k_dense_replace": 0, "norm_topk_prob": False}, cls="Mistral4ForCausalLM"
+    ),
     "mistral3+mistral4": Model(
         DEEPSEEK | MLA | {"first_k_dense_replace": 0}, model_type="mistral3", text_type="mistral4",
         cls="Mistral3ForConditionalGeneration",
@@ -146,7 +148,7 @@ MODELS = {
         model_type="minimax_m3_vl", cls="MiniMaxM3SparseForConditionalGeneration", text_type="minimax_m3_vl_text",
     ),
     "qwen3_omni_moe": Model(
-        QWEN | {"norm_topk_prob": True}, model_type="qwen3_omni_moe_thinker", text_type="qwen3_omni_moe_text",
+        QWEN | {"norm_topk_prob": False}, model_type="qwen3_omni_moe_thinker", text_type="qwen3_omni_moe_text",
         cls="Qwen3OmniMoeThinkerForConditionalGeneration",
     ),
     "deepseek_v4_hash": Model(
@@ -157,6 +159,7 @@ MODELS = {
         layer=0, model_type="deepseek_v4",
     ),
     "gpt_oss": Model(LOCAL),
+    "gpt_oss_limited": Model(LOCAL | {"swiglu_limit": 0.8, "swiglu_alpha": 1.3}, model_type="gpt_oss"),
     "granitemoe": Model(LOCAL, "block_sparse_moe"),
     "granitemoeshared": Model(LOCAL | {"shared_intermediate_size": 16}, "block_sparse_moe", shared_block="shared_mlp"),
     "granitemoehybrid": Model(
@@ -253,7 +256,10 @@ MODELS = {
         model_type="ernie4_5_moe",
     ),
     "lfm2_moe_nobias": Model(
-        QWEN | {"num_dense_layers": 1, "use_expert_bias": False, "layer_types": ["full_attention"] * 2},
+        QWEN | {
+            "num_dense_layers": 1, "use_expert_bias": False, "norm_topk_prob": False,
+            "layer_types": ["full_attention"] * 2,
+        },
         "feed_forward", model_type="lfm2_moe",
     ),
     "qwen3_moe_nonorm": Model(QWEN | {"norm_topk_prob": False}, model_type="qwen3_moe"),
@@ -268,13 +274,16 @@ MODELS = {
     ),
     "mixtral_gelu": Model(LOCAL | {"hidden_act": "gelu"}, model_type="mixtral"),
     "mellum": Model(QWEN | {"norm_topk_prob": False}),
-    "openai_privacy_filter": Model(LOCAL, cls="OpenAIPrivacyFilterForTokenClassification"),
+    "openai_privacy_filter": Model(LOCAL | {"swiglu_limit": 0.8}, cls="OpenAIPrivacyFilterForTokenClassification"),
     "minimax_m3_vl": Model(
-        LOCAL | {"shared_intermediate_size": 16, "dense_intermediate_size": 32, "routed_scaling_factor": 1.7},
+        LOCAL | {
+            "swiglu_limit": 0.8, "shared_intermediate_size": 16, "dense_intermediate_size": 32,
+            "routed_scaling_factor": 1.7,
+        },
         model_type="minimax_m3_vl_text",
     ),
     "bailing_hybrid": Model(DEEPSEEK | MLA),
-    "granitemoe_swa": Model(LOCAL, "block_sparse_moe"),
+    "granitemoe_swa": Model(LOCAL | {"shared_intermediate_size": 16}, "block_sparse_moe", shared_block="shared_mlp"),
 }  # fmt: skip
 
 
