@@ -374,6 +374,14 @@ def test_options_are_words(checkpoint, options, error, message):
         cumoe.load(checkpoint, 0, **options)
 
 
+def test_a_gpu_that_is_not_there(checkpoint, monkeypatch):
+    """Asked for by name it is missed; "auto" takes the CPU."""
+    monkeypatch.setattr("cumoe.checkpoint.load.gpu_is_there", lambda: False)
+    with pytest.raises(RuntimeError, match="device: expected a machine with a GPU for 'gpu', got none"):
+        cumoe.load(checkpoint, 0, device="gpu")
+    assert cumoe.load(checkpoint, 0).kind.device == "cpu"
+
+
 def test_a_path_that_is_no_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"path: expected the folder of a checkpoint, got .*nowhere"):
         cumoe.load(tmp_path / "nowhere", 0)

@@ -88,6 +88,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Refusal as refusal:
         print(f"cumoe {options.command}: {refusal}", file=sys.stderr)
     except MemoryError as error:
-        what = f"{getattr(options, 'tokens', None) or 'these'} tokens"
+        what = f"{options.tokens or 'these'} tokens" if options.command == "demo" else "the layer and these tokens"
         print(f"cumoe {options.command}: not enough memory for {what}: {error}", file=sys.stderr)
     return 2
