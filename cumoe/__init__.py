@@ -6,7 +6,9 @@ Data goes one way: route -> group -> grouped_gemm -> combine; `moe` does the las
 import logging
 
 from cumoe import reference
+from cumoe.checkpoint.load import LayerShape, layers, load
 from cumoe.data.activation import Activation
+from cumoe.data.frame import Latent, RMSNorm
 from cumoe.data.groups import Groups
 from cumoe.data.routing import Router, Routing
 from cumoe.data.weights import Experts, SharedExperts
@@ -24,7 +26,10 @@ __all__ = [
     "Activation",
     "Experts",
     "Groups",
+    "Latent",
+    "LayerShape",
     "MoE",
+    "RMSNorm",
     "Router",
     "Routing",
     "SharedExperts",
@@ -32,6 +37,8 @@ __all__ = [
     "combine",
     "group",
     "grouped_gemm",
+    "layers",
+    "load",
     "moe",
     "reference",
     "route",

@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from cumoe.data.frame import Latent, RMSNorm
 from cumoe.data.groups import Groups
 from cumoe.data.routing import Router, Routing
 from cumoe.data.weights import Experts, ExpertWeights, SharedExperts, check_shared
 
 
-def route(router_logits: np.ndarray, router: Router, dtype: Any = np.float64) -> Routing:
+def route(
+    router_logits: np.ndarray, router: Router, dtype: Any = np.float64, *, input_ids: np.ndarray | None = None
+) -> Routing:
     """Route token by token; the formula is in `cumoe.Router`. Weights have the given dtype."""
     num_tokens = router_logits.shape[0]
     ids = np.zeros((num_tokens, router.top_k), np.int32)
@@ -23,7 +26,7 @@ def route(router_logits: np.ndarray, router: Router, dtype: Any = np.float64) ->
             logits = router_logits[t].astype(dtype)
             if router.logit_softcap is not None:
                 logits = router.logit_softcap * np.tanh(logits / router.logit_softcap)
-            ids[t] = _choose(logits, router)
+            ids[t] = _choose(logits, router) if input_ids is None else _look_up(input_ids[t], router, len(logits))
             weights[t] = _weigh(logits, ids[t], router)
     return Routing(ids, weights)
 
@@ -57,16 +60,37 @@ def _choose(logits: np.ndarray, router: Router) -> list[int]:
     return _largest(ranked, router.top_k)
 
 
+def _look_up(token_id: int, router: Router, num_experts: int) -> list[int]:
+    if not 0 <= token_id < len(router.expert_table):
+        return [-1] * router.top_k
+    return [e if 0 <= e < num_experts else -1 for e in router.expert_table[token_id]]
+
+
+def _mix(logits: np.ndarray, ids: np.ndarray, eps: float) -> np.ndarray:
+    weights, left = [], set(range(len(logits)))
+    for i in ids:
+        near = [e for e in left if not (logits[i] - logits[e]) / max(abs(logits[e]), logits[i]) > 2 * eps]
+        weights.append(1 / sum(np.exp(logits[e] - logits[i]) for e in near))
+        left.remove(int(i))
+    return np.array(weights)
+
+
 def _weigh(logits: np.ndarray, ids: np.ndarray, router: Router) -> np.ndarray:
-    after = router.scoring == "softmax" and router.select_by == "logits"
-    weights = _score(logits[ids], "softmax") if after else _score(logits, router.scoring)[ids]
+    if router.scoring == "sparse_mixer":
+        weights = _mix(logits, ids, router.mixer_eps)
+    else:
+        with_none = np.append(logits, -np.inf)  # id -1, a slot without an expert, has a score of 0
+        after = router.scoring == "softmax" and router.select_by == "logits"
+        weights = _score(with_none[ids], "softmax") if after else _score(with_none, router.scoring)[ids]
     if router.renormalize:
         order = router.renormalize_order
         norm = (weights**order).sum() ** (1 / order)
         eps = router.renormalize_eps
         weights = weights / (norm + eps if router.renormalize_eps_mode == "add" else max(norm, eps))
     weights = weights * router.scale
-    return weights if router.expert_scale is None else weights * router.expert_scale[ids].astype(logits.dtype)
+    if router.expert_scale is not None:
+        weights = weights * router.expert_scale[ids].astype(logits.dtype)
+    return np.where(ids < 0, 0, weights)
 
 
 def group(topk_ids: np.ndarray, num_experts: int) -> Groups:
@@ -139,24 +163,45 @@ def moe(
     shared: SharedExperts | list[SharedExperts] | None = None,
     *,
     weight_on: str = "output",
+    latent: Latent | None = None,
+    num_identity_experts: int = 0,
+    output_bias: np.ndarray | None = None,
+    output_norm: RMSNorm | None = None,
     dtype: Any = np.float64,
 ) -> np.ndarray:
-    """Compute the layer by its definition, token after token and slot after slot; see `cumoe.moe`."""
+    """Compute the layer by its definition, token after token and slot after slot; see `cumoe.moe` and `cumoe.MoE`."""
     x = x.astype(dtype)
     y = np.zeros(x.shape, dtype)
-    routed = experts.weights.map(lambda array: array.astype(dtype))
+    routed_x = x if latent is None else _affine(x, latent.w_in, latent.b_in)
+    routed = np.zeros(routed_x.shape, dtype)
+    weights = experts.weights.map(lambda array: array.astype(dtype))
     with np.errstate(over="ignore", invalid="ignore"):
         for t in range(len(x)):
             for e, w in zip(routing.topk_ids[t], routing.topk_weights[t].astype(dtype), strict=True):
                 if 0 <= e < experts.num_experts:
-                    y[t] += _expert(x[t], routed, e, **{weight_on: w})
-        for member in check_shared(shared, experts):
-            for s, weights in enumerate(member.weights):
-                own = weights.map(lambda array: array.astype(dtype))
+                    routed[t] += _expert(routed_x[t], weights, e, **{weight_on: w})
+                elif 0 <= e < experts.num_experts + num_identity_experts:
+                    y[t] += w * x[t]
+        y += routed if latent is None else _affine(routed, latent.w_out, latent.b_out)
+        for member in check_shared(shared, experts, x.shape[1]):
+            for s, shared_weights in enumerate(member.weights):
+                own = shared_weights.map(lambda array: array.astype(dtype))
                 for t in range(len(x)):
                     gate = 1 if member.gate is None else 1 / (1 + np.exp(-(x[t] @ member.gate[s].astype(dtype))))
                     y[t] += gate * _expert(x[t], own, 0)
-    return y
+        if output_bias is not None:
+            y += output_bias.astype(dtype)
+        return y if output_norm is None else over_rms(y, output_norm.eps) * output_norm.weight.astype(dtype)
+
+
+def over_rms(x: np.ndarray, eps: float, dtype: Any = np.float64) -> np.ndarray:
+    """Divide every token by the root of its mean square, as `cumoe.RMSNorm` does before its weight."""
+    x = x.astype(dtype)
+    return np.array([row / np.sqrt(sum(v * v for v in row) / len(row) + eps) for row in x]).reshape(x.shape)
+
+
+def _affine(x: np.ndarray, w: np.ndarray, b: np.ndarray | None) -> np.ndarray:
+    return x @ w.astype(x.dtype).T + (0 if b is None else b.astype(x.dtype))
 
 
 def _expert(v: np.ndarray, weights: ExpertWeights, e: int, **factors: Any) -> np.ndarray:

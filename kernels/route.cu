@@ -7,13 +7,14 @@
 // key and, among equals, the lowest id win (key and ~id packed in 64 bits), so ids are distinct and in range for any
 // input. Where no bias and no groups interfere the logit itself is ranked, since every scoring function is monotone:
 // no tie that rounding of the scores would bring. The bias never reaches a weight: weights are computed from the logits.
+// With an expert_table the ids of a token are looked up by its token id; those that name no expert get id -1, weight 0.
 //
 // barrier: __syncwarp only; a warp shares nothing with the others.
 #include "types.cuh"
 
 namespace route {
 
-enum Scoring { SOFTMAX = 0, SIGMOID = 1, SQRT_SOFTPLUS = 2 };
+enum Scoring { SOFTMAX = 0, SIGMOID = 1, SQRT_SOFTPLUS = 2, SPARSE_MIXER = 3 };
 enum SelectBy { SCORES = 0, LOGITS = 1 };
 enum GroupScore { GROUP_MAX = 0, GROUP_SUM_TOP2 = 1 };
 enum EpsilonMode { EPSILON_ADD = 0, EPSILON_CLAMP = 1 };
@@ -22,6 +23,8 @@ struct RouterLaunch {
   const void* logits;
   const float* selection_bias;  // (num_experts) or null
   const float* expert_scale;    // (num_experts) or null
+  const int* expert_table;      // (vocab_size, top_k) or null
+  const int* input_ids;         // (num_tokens), with a table
   int* topk_ids;                // (num_tokens, top_k)
   float* topk_weights;          // (num_tokens, top_k)
   int64 row_stride, col_stride;
@@ -32,10 +35,11 @@ struct RouterLaunch {
   int epsilon_mode;
   float dropped_value;          // what experts of dropped groups are ranked with: -inf or 0
   float epsilon, scale, softcap;
+  float mixer_eps;              // of SPARSE_MIXER
   int words;                    // shared words a warp, beside the keys
-  int padding;
+  int vocab_size, padding;
 };
-static_assert(sizeof(RouterLaunch) == 120, "cumoe/gpu/route.py packs 120 bytes");
+static_assert(sizeof(RouterLaunch) == 144, "cumoe/gpu/route.py packs 144 bytes");
 
 constexpr int WARPS = 4;
 constexpr uint32 TAKEN = 0, NAN_KEY = 1;
@@ -88,6 +92,13 @@ template <typename T> struct Token {
     return sqrtf(logit > 20.0f ? logit : log1pf(expf(logit)));
   }
 
+  __device__ __forceinline__ bool exists(int expert) const { return expert >= 0 && expert < p.num_experts; }
+
+  // The logit of the j-th choice; a slot without an expert has the logit whose score is 0.
+  __device__ __forceinline__ float chosen_logit(int j) const {
+    return exists(words[j]) ? logit(words[j]) : __uint_as_float(0xff800000u);
+  }
+
   // Largest logit and sum of exponentials over n items; item(i) gives a logit. NaN and -inf rows give NaN weights.
   template <typename Item> __device__ __forceinline__ void softmax_over(int n, Item item) {
     largest = __uint_as_float(0xff800000u);
@@ -101,6 +112,7 @@ template <typename T> struct Token {
   __device__ __forceinline__ void rank() {
     bool by_logits = p.select_by == LOGITS || (!p.selection_bias && p.num_groups == 1);
     if (p.scoring == SOFTMAX && p.select_by == SCORES) softmax_over(p.num_experts, [&](int e) { return logit(e); });
+    if (p.expert_table) return;
     for (int e = lane; e < p.num_experts; e += WARP) {
       float value = by_logits ? logit(e) : score(logit(e));
       keys[e] = key_of(p.selection_bias ? value + p.selection_bias[e] : value);
@@ -134,6 +146,13 @@ template <typename T> struct Token {
     __syncwarp();
   }
 
+  __device__ __forceinline__ void look_up(int64 token) {
+    int64 id = p.input_ids[token];
+    bool known = id >= 0 && id < p.vocab_size;
+    for (int j = lane; j < p.top_k; j += WARP) words[j] = known ? p.expert_table[id * p.top_k + j] : -1;
+    __syncwarp();
+  }
+
   __device__ __forceinline__ void choose() {
     for (int j = 0; j < p.top_k; ++j) {
       int expert = best(keys, p.num_experts, lane);
@@ -144,7 +163,7 @@ template <typename T> struct Token {
   }
 
   __device__ __forceinline__ float raw_weight(int j, float shift) const {
-    float value = logit(words[j]);
+    float value = chosen_logit(j);
     if (shift == 0.0f) return score(value);
     return expf((p.scoring == SQRT_SOFTPLUS ? 0.5f : 1.0f) * (value - shift));
   }
@@ -156,13 +175,13 @@ template <typename T> struct Token {
     bool exact_ratio = p.renormalize && p.epsilon == 0.0f;
     int order = p.renormalize;
     if (p.scoring == SOFTMAX && (p.select_by == LOGITS || exact_ratio)) {
-      softmax_over(p.top_k, [&](int j) { return logit(words[j]); });
+      softmax_over(p.top_k, [&](int j) { return chosen_logit(j); });
       if (exact_ratio && order == 1) order = 0;
     }
     float shift = 0.0f;
     if (exact_ratio && p.scoring != SOFTMAX) {
       float top = __uint_as_float(0xff800000u);
-      for (int j = lane; j < p.top_k; j += WARP) top = fmaxf(top, logit(words[j]));
+      for (int j = lane; j < p.top_k; j += WARP) top = fmaxf(top, chosen_logit(j));
       top = warp_max(top);
       if (top < -40.0f) shift = top;
     }
@@ -177,12 +196,31 @@ template <typename T> struct Token {
       if (order == 2) sum = sqrtf(sum);
       norm = p.epsilon_mode == EPSILON_ADD ? sum + p.epsilon : (sum < p.epsilon ? p.epsilon : sum);
     }
-    for (int j = lane; j < p.top_k; j += WARP) {
-      float weight = raw_weight(j, shift) / norm * p.scale;
-      if (p.expert_scale) weight *= p.expert_scale[words[j]];
-      p.topk_ids[token * p.top_k + j] = words[j];
-      p.topk_weights[token * p.top_k + j] = weight;
+    for (int j = lane; j < p.top_k; j += WARP) store(token, j, raw_weight(j, shift) / norm);
+  }
+
+  // Each choice is weighed among the experts near it that were not chosen before: one pass over the logits a choice.
+  __device__ __forceinline__ void mix(int64 token) {
+    for (int j = 0; j < p.top_k; ++j) {
+      float own = logit(words[j]), sum = 0.0f;
+      for (int e = lane; e < p.num_experts; e += WARP) {
+        float rival = logit(e);
+        bool left = !((own - rival) / fmaxf(fabsf(rival), own) > 2.0f * p.mixer_eps);
+        for (int before = 0; before < j; ++before) left = left && e != words[before];
+        if (left) sum += expf(rival - own);
+      }
+      sum = warp_sum(sum);
+      if (lane == 0) store(token, j, 1.0f / sum);
     }
+  }
+
+  __device__ __forceinline__ void store(int64 token, int j, float weight) const {
+    int expert = words[j];
+    bool there = exists(expert);
+    weight *= p.scale;
+    if (p.expert_scale && there) weight *= p.expert_scale[expert];
+    p.topk_ids[token * p.top_k + j] = there ? expert : -1;
+    p.topk_weights[token * p.top_k + j] = there ? weight : 0.0f;
   }
 };
 
@@ -195,8 +233,10 @@ template <typename T> __device__ __forceinline__ void route(const RouterLaunch& 
   const T* logits = static_cast<const T*>(launch.logits) + token * launch.row_stride;
   Token<T> row{launch, logits, keys, keys + launch.num_experts, (int)threadIdx.x % WARP, 0.0f, 1.0f};
   row.rank();
-  row.choose();
-  row.weigh(token);
+  if (launch.expert_table) row.look_up(token);
+  else row.choose();
+  if (launch.scoring == SPARSE_MIXER) row.mix(token);
+  else row.weigh(token);
 }
 
 }  // namespace route

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cumoe.data.routing import GPU_MAX_EXPERTS
-from cumoe.gpu import combine, config, experts, group, route, sources, stacks
+from cumoe.gpu import combine, config, ends, experts, group, route, sources, stacks
 from cumoe.gpu.compile import KERNEL_UNIT
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,8 +18,10 @@ SMALLEST_SHARED_BYTES = 101_376  # what one block may have on sm_86, sm_89 and s
 LAUNCHES = {
     "CombineLaunch": combine.LAUNCH,
     "ExpertStack": stacks.STACK,
+    "FinishLaunch": ends.FINISH_LAUNCH,
     "GateLaunch": experts.GATE_LAUNCH,
     "GroupLaunch": group.LAUNCH,
+    "NormLaunch": ends.NORM_LAUNCH,
     "RouterLaunch": route.LAUNCH,
 }
 CODES = {"int64": "q", "int": "i", "float": "f"}

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoint_files import MIXTRAL, mixtral, write_checkpoint
 
 import cumoe
+from cumoe.checkpoint.families import FAMILIES
 from cumoe.gpu.compile import gpu_is_there
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,6 +76,9 @@ def test_command_is_there(command, tmp_path):
         assert os.access(ROOT / program, os.X_OK)
     elif program.removeprefix(".venv/bin/") == "python" and arguments[:2] == ["-m", "cumoe"]:
         np.save(tmp_path / "x.npy", np.ones((2, 3, 64), np.float32))
+        config = MIXTRAL | {"hidden_size": 64}
+        tensors = mixtral(np.random.default_rng(0), layers=(1, 2), config=config)
+        write_checkpoint(tmp_path / "checkpoint", config, tensors)
         done = subprocess.run(
             [sys.executable, *arguments], cwd=tmp_path, env=in_checkout(), capture_output=True, text=True, check=False
         )
@@ -97,6 +102,12 @@ def test_readme_names_what_exists():
         assert name in cumoe.__all__, name
     for path in re.findall(r"`((?:kernels|tests|\.ci)/[\w.*]+)`", README):
         assert list(ROOT.glob(path)), path
+
+
+def test_readme_lists_the_families():
+    """All of the table, and none besides."""
+    listed = re.search(r"Families:\n\n(.*?)\.\n\n", README, re.DOTALL)[1]
+    assert sorted(re.split(r",\s+", listed)) == sorted(FAMILIES)
 
 
 def test_version_is_the_same_everywhere():

@@ -145,7 +145,8 @@ ROWS = {
     ],
     cumoe.Router: [
         *counts("top_k", 1), *counts("num_groups", 1),
-        *words("scoring", "'softmax', 'sigmoid' or 'sqrt_softplus'"), *words("select_by", "'scores' or 'logits'"),
+        *words("scoring", "'softmax', 'sigmoid', 'sqrt_softplus' or 'sparse_mixer'"),
+        *words("select_by", "'scores' or 'logits'"),
         *words("group_score", "'sum_top2' or 'max'"), *words("dropped_groups", "'minus_inf' or 'zero'"),
         *words("renormalize_eps_mode", "'add' or 'clamp'"), *numbers("renormalize_eps", at_least=(-1e-6,)),
         *numbers("scale"), *numbers("logit_softcap", above=(0, -30)),

@@ -314,3 +314,86 @@ def test_vectors_of_the_router_may_be_strided(backend):
     routing = cumoe.route(backend.asarray(logits), on_backend)
     router = cumoe.Router(3, "sigmoid", selection_bias=bias[::2].copy(), expert_scale=scale[::-1].copy())
     assert_routing(logits, router, backend.asnumpy(routing.topk_ids), backend.asnumpy(routing.topk_weights))
+
+
+@pytest.mark.parametrize("eps", [0.01, 0.1, 0.4])
+@pytest.mark.parametrize("num_experts", [2, 16, 65])
+def test_sparse_mixer_weighs_among_near_rivals(backend, num_experts, eps):
+    """As defined; most weights are exactly 1, and a wide band leaves some that are not."""
+    logits = np.random.default_rng(num_experts).standard_normal((200, num_experts)).astype(np.float32)
+    router = cumoe.Router(2, "sparse_mixer", mixer_eps=eps, scale=1.5)
+    ids, weights = run(backend, logits, router)
+    expected = cumoe.reference.route(logits, router)
+    np.testing.assert_array_equal(ids, expected.topk_ids)
+    # A rival at the edge of the band may fall on either side of it in float32.
+    near = np.isclose(weights, expected.topk_weights, rtol=1e-5).all(axis=1)
+    assert near.mean() > 0.99
+    if num_experts == 16:
+        assert (weights > 1.499).any()
+        assert (weights < 1.49).any()
+
+
+def test_sparse_mixer_of_equal_and_odd_logits(backend):
+    """All zero is one band; infinities and NaN give NaN, not a crash."""
+    logits = np.zeros((3, 4), np.float32)
+    logits[1, 2] = np.nan
+    logits[2, 0] = -np.inf
+    ids, weights = run(backend, logits, cumoe.Router(2, "sparse_mixer"))
+    assert_distinct(ids, 4)
+    np.testing.assert_array_equal(ids[0], [0, 1])
+    np.testing.assert_allclose(weights[0], [1 / 4, 1 / 3], rtol=1e-6)
+
+
+@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize("options", [
+    {}, {"renormalize": True, "renormalize_eps": 1e-20, "scale": 1.5}, {"renormalize": True}, {"select_by": "logits"},
+])  # fmt: skip
+def test_experts_by_token_id(backend, scoring, options):
+    """The table says which; the logits say with what weight; what names no expert has id -1 and weight 0."""
+    rng = np.random.default_rng(3)
+    table = np.argsort(rng.random((50, 12)), axis=1)[:, :3]
+    table[7] = 2, -1, 12
+    logits = rng.standard_normal((40, 12)).astype(np.float32)
+    token_ids = rng.integers(0, 50, 40)
+    token_ids[:4] = 7, 7, -1, 50
+    scale = rng.random(12).astype(np.float32)
+    plain = cumoe.Router(3, scoring, expert_table=table, expert_scale=scale, **options)
+    router = dataclasses.replace(
+        plain, expert_table=backend.asarray(plain.expert_table), expert_scale=backend.asarray(scale)
+    )
+    routing = cumoe.route(backend.asarray(logits), router, backend.asarray(token_ids))
+    expected = cumoe.reference.route(logits, plain, input_ids=token_ids)
+    ids, weights = backend.asnumpy(routing.topk_ids), backend.asnumpy(routing.topk_weights)
+    np.testing.assert_array_equal(ids, expected.topk_ids)
+    assert (ids[:2] == [2, -1, -1]).all() and (ids[2:4] == -1).all()
+    there = ids >= 0
+    assert_weights(weights[there], expected.topk_weights[there])
+    np.testing.assert_array_equal(weights[~there], 0)
+
+
+@pytest.mark.parametrize(("options", "error", "message"), [
+    ({"scoring": "sparse_mixer", "renormalize": True}, ValueError, "sparse_mixer.*: expected neither renormalize"),
+    ({"scoring": "sparse_mixer", "selection_bias": np.ones(4)}, ValueError, "sparse_mixer.*: expected neither sel"),
+    ({"scoring": "sparse_mixer", "num_groups": 2, "top_groups": 1}, ValueError, "expected neither selection_bias nor"),
+    ({"mixer_eps": -0.1}, ValueError, "mixer_eps: expected a number of at least 0"),
+    ({"expert_table": np.zeros((5, 3), int)}, ValueError, r"expert_table: expected shape \(vocab_size=5, top_k=2\)"),
+    ({"expert_table": np.zeros((5, 2))}, TypeError, "expert_table: expected dtype int8"),
+    ({"expert_table": np.zeros(5, int)}, ValueError, "expert_table: expected 2 dimensions"),
+    ({"expert_table": np.zeros((5, 2), int), "selection_bias": np.ones(4)}, ValueError, "expert_table: .* neither"),
+])  # fmt: skip
+def test_options_that_exclude_each_other(options, error, message):
+    with pytest.raises(error, match=message):
+        cumoe.Router(2, **options)
+
+
+def test_token_ids_come_with_a_table_and_only_then():
+    logits, ids = np.zeros((3, 4), np.float32), np.zeros(3, int)
+    table = cumoe.Router(2, expert_table=np.zeros((5, 2), int))
+    with pytest.raises(ValueError, match="input_ids: expected an array, got None"):
+        cumoe.route(logits, table)
+    with pytest.raises(ValueError, match="input_ids: expected None, since the router has no expert_table"):
+        cumoe.route(logits, cumoe.Router(2), ids)
+    with pytest.raises(ValueError, match=r"input_ids: expected shape \(num_tokens=3\)"):
+        cumoe.route(logits, table, ids[:2])
+    with pytest.raises(TypeError, match="input_ids: expected dtype int8"):
+        cumoe.route(logits, table, ids.astype(float))

@@ -1,4 +1,4 @@
-"""Hidden states in .npy files."""
+"""Hidden states and token ids in .npy files."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 
 from cumoe.cli.refusal import Refusal
-from cumoe.door.checks import FLOAT_DTYPES
+from cumoe.door.checks import FLOAT_DTYPES, ID_DTYPES
 
 DTYPES = {dtype.name: dtype for dtype in FLOAT_DTYPES}
 
@@ -17,13 +17,7 @@ def read_states(path: Path) -> np.ndarray:
 
     A .npy file has no name for bfloat16: it is saved, and recognised, as 2 untyped bytes.
     """
-    try:
-        with path.open("rb") as file:
-            states = np.lib.format.read_array(file, allow_pickle=False)
-    except OSError as error:
-        raise Refusal(f"--input {path}: {error.strerror or error}") from None
-    except (ValueError, EOFError):
-        raise Refusal(f"--input {path}: expected an array saved by numpy.save, got another file") from None
+    states = _read("--input", path)
     if states.dtype.kind == "V" and states.dtype.itemsize == 2 and states.dtype.names is None:
         states = states.view(ml_dtypes.bfloat16)
     if states.dtype not in DTYPES.values():
@@ -31,6 +25,24 @@ def read_states(path: Path) -> np.ndarray:
     if states.ndim not in (2, 3) or states.shape[-1] == 0:
         raise Refusal(f"--input {path}: expected shape (tokens, hidden) or (batch, seq, hidden), got {states.shape}")
     return states
+
+
+def read_ids(path: Path) -> np.ndarray:
+    """Return the token ids in a file: whole numbers, of any shape."""
+    ids = _read("--input-ids", path)
+    if ids.dtype not in ID_DTYPES:
+        raise Refusal(f"--input-ids {path}: expected whole numbers, got {ids.dtype}")
+    return ids
+
+
+def _read(option: str, path: Path) -> np.ndarray:
+    try:
+        with path.open("rb") as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
+    except OSError as error:
+        raise Refusal(f"{option} {path}: {error.strerror or error}") from None
+    except (ValueError, EOFError):
+        raise Refusal(f"{option} {path}: expected an array saved by numpy.save, got another file") from None
 
 
 def check_writable(path: Path) -> None:

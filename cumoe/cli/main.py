@@ -1,16 +1,21 @@
-"""The command line: ``cumoe demo`` and ``cumoe config``."""
+"""The command line: ``cumoe demo``, ``cumoe inspect``, ``cumoe run`` and ``cumoe config``."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import cumoe
+from cumoe.cli.checkpoint import inspect, run
 from cumoe.cli.demo import demo
 from cumoe.cli.families import FAMILIES
 from cumoe.cli.files import DTYPES
 from cumoe.cli.refusal import Refusal
+
+DEVICE: dict[str, Any] = {
+    "choices": ("auto", "gpu", "cpu"), "default": "auto", "help": "default: a GPU if there is one",
+}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,8 +41,9 @@ def parser() -> Parser:
     """Return the parser of all commands."""
     top = Parser(prog="cumoe", description="Mixture-of-Experts layers on NVIDIA GPUs with CuPy and NumPy alone.")
     top.add_argument("--version", action="version", version=f"cumoe {cumoe.__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="{demo,config}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="{demo,inspect,run,config}")
     commands.add_parser("config", help="print versions and devices")
+    _add_checkpoint_commands(commands)
     show = commands.add_parser(
         "demo",
         help="run a layer and compare it with the definition",
@@ -45,7 +51,7 @@ def parser() -> Parser:
         "float64 and, where the routing weight goes on the input, with the copied tokens that it replaces.",
     )
     show.add_argument("--family", choices=tuple(FAMILIES), default="llama4", help="whose layer (default: %(default)s)")
-    show.add_argument("--device", choices=("auto", "gpu", "cpu"), default="auto", help="default: a GPU if there is one")
+    show.add_argument("--device", **DEVICE)
     show.add_argument("--tokens", type=count, metavar="N", help="default: 4096 on a GPU, 512 on a CPU")
     show.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
     show.add_argument("--top-k", type=count, metavar="K", help="experts a token; default: the family's")
@@ -57,6 +63,20 @@ def parser() -> Parser:
     return top
 
 
+def _add_checkpoint_commands(commands: Any) -> None:
+    look = commands.add_parser("inspect", help="list the layers with experts of a checkpoint")
+    use = commands.add_parser("run", help="run a layer of a checkpoint on hidden states from a file")
+    for command in (look, use):
+        command.add_argument("path", type=Path, metavar="PATH", help="a folder with config.json and safetensors files")
+    use.add_argument("--layer", type=int, required=True, metavar="N", help="its number in the model, from 0")
+    use.add_argument(
+        "--input", type=Path, required=True, metavar="X.npy", help="(tokens, hidden) or (batch, seq, hidden)"
+    )
+    use.add_argument("--output", type=Path, required=True, metavar="Y.npy", help="where to save the result")
+    use.add_argument("--input-ids", type=Path, metavar="IDS.npy", help="for layers that choose experts by token id")
+    use.add_argument("--device", **DEVICE)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0 is success, 1 a wrong result, 2 a refusal."""
     options = parser().parse_args(arguments)
@@ -64,9 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cumoe.show_config()
         return 0
     try:
-        return demo(options)
+        return {"demo": demo, "inspect": inspect, "run": run}[options.command](options)
     except Refusal as refusal:
-        print(f"cumoe demo: {refusal}", file=sys.stderr)
+        print(f"cumoe {options.command}: {refusal}", file=sys.stderr)
     except MemoryError as error:
-        print(f"cumoe demo: not enough memory for {options.tokens or 'these'} tokens: {error}", file=sys.stderr)
+        what = f"{options.tokens or 'these'} tokens" if options.command == "demo" else "the layer and these tokens"
+        print(f"cumoe {options.command}: not enough memory for {what}: {error}", file=sys.stderr)
     return 2

@@ -8,25 +8,43 @@ FAR_BELOW_ZERO = np.float32(-40)
 """Below it sigmoid(l) = e^l and sqrt(softplus(l)) = e^(l/2) to the last bit of float32."""
 
 
-def route(logits: np.ndarray, router: Router) -> Routing:
+def route(logits: np.ndarray, router: Router, input_ids: np.ndarray | None = None) -> Routing:
     """Choose and weigh; the formula is in `Router`."""
     logits = logits.astype(np.float32)
     if router.logit_softcap is not None:
         cap = np.float32(router.logit_softcap)
         logits = cap * np.tanh(logits / cap)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore", under="ignore"):
-        # Every score grows with its logit: where nothing is added the logit ranks without ties made by rounding.
-        monotone = router.selection_bias is None and router.num_groups == 1
-        ranked = logits if monotone or router.select_by == "logits" else _scores(logits, router)
-        if router.selection_bias is not None:
-            ranked = ranked + router.selection_bias
-        if router.num_groups > 1:
-            ranked = _drop_groups(ranked, router)
-        ids = best(ranked, router.top_k)
-        weights = _weights(logits, ids, router) * np.float32(router.scale)
-    if router.expert_scale is not None:
-        weights = weights * router.expert_scale[ids]
+        if input_ids is not None:
+            ids, there = _look_up(input_ids, router.expert_table, logits.shape[1])
+        else:
+            ids, there = _choose(logits, router), None
+        weights = _weights(logits, ids, router, there) * np.float32(router.scale)
+        if router.expert_scale is not None:
+            weights = weights * router.expert_scale[ids]
+    if there is not None:
+        ids, weights = np.where(there, ids, -1), np.where(there, weights, np.float32(0))
     return Routing(ids.astype(np.int32), weights.astype(np.float32))
+
+
+def _choose(logits: np.ndarray, router: Router) -> np.ndarray:
+    # Every score grows with its logit: where nothing is added the logit ranks without ties made by rounding.
+    monotone = router.selection_bias is None and router.num_groups == 1
+    ranked = logits if monotone or router.select_by == "logits" else _scores(logits, router)
+    if router.selection_bias is not None:
+        ranked = ranked + router.selection_bias
+    if router.num_groups > 1:
+        ranked = _drop_groups(ranked, router)
+    return best(ranked, router.top_k)
+
+
+def _look_up(input_ids: np.ndarray, table: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the experts of the token ids, and which of them exist; 0 stands for those that do not."""
+    known = (input_ids >= 0) & (input_ids < len(table))
+    ids = np.full((len(input_ids), table.shape[1]), -1, np.int32)
+    ids[known] = table[input_ids[known]]
+    there = (ids >= 0) & (ids < num_experts)
+    return np.where(there, ids, 0), there
 
 
 def best(scores: np.ndarray, count: int) -> np.ndarray:
@@ -62,13 +80,29 @@ def _drop_groups(ranked: np.ndarray, router: Router) -> np.ndarray:
     return np.where(keep[:, :, None], grouped, dropped).reshape(ranked.shape)
 
 
-def _weights(logits: np.ndarray, ids: np.ndarray, router: Router) -> np.ndarray:
+def _sparse_mixer(logits: np.ndarray, ids: np.ndarray, eps: float) -> np.ndarray:
+    rows, left = np.arange(len(ids)), np.ones(logits.shape, bool)
+    weights = np.empty(ids.shape, np.float32)
+    for j in range(ids.shape[1]):
+        own = logits[rows, ids[:, j], None]
+        far = (own - logits) / np.maximum(np.abs(logits), own) > np.float32(2 * eps)
+        weights[:, j] = 1 / np.where(left & ~far, np.exp(logits - own), np.float32(0)).sum(axis=1)
+        left[rows, ids[:, j]] = False
+    return weights
+
+
+def _weights(logits: np.ndarray, ids: np.ndarray, router: Router, there: np.ndarray | None) -> np.ndarray:
+    if router.scoring == "sparse_mixer":
+        return _sparse_mixer(logits, ids, router.mixer_eps)
     chosen = np.take_along_axis(logits, ids, axis=1)
+    if there is not None:
+        chosen = np.where(there, chosen, np.float32(-np.inf))  # a slot without an expert has score 0
     exact_ratio = router.renormalize and router.renormalize_eps == 0
     if router.scoring == "softmax" and (router.select_by == "logits" or exact_ratio):
         weights = _softmax(chosen)
     elif router.scoring == "softmax":
         weights = np.take_along_axis(_softmax(logits), ids, axis=1)
+        weights = weights if there is None else np.where(there, weights, np.float32(0))
     else:
         weights = _scores(chosen, router)
         if exact_ratio:

@@ -24,6 +24,8 @@ from cumoe.door.factors import admit_factors, as_factors
 MAX_SLOTS = 2**31 - 1
 """num_tokens * top_k is counted in int32 on the device."""
 
+SCORINGS = ("softmax", "sigmoid", "sqrt_softplus", "sparse_mixer")
+
 GPU_MAX_EXPERTS = 1024
 """The routing and grouping kernels keep a counter or a key for each expert in shared memory."""
 
@@ -41,22 +43,29 @@ class Router:
 
     With l the logits of one token (capped first: ``cap * tanh(l / cap)`` if `logit_softcap` is given)::
 
-        s    = softmax(l) | sigmoid(l) | sqrt(softplus(l))               scoring
+        s    = softmax(l) | sigmoid(l) | sqrt(softplus(l)) | see below   scoring
         c    = s + selection_bias                                        select_by="scores"
                l + selection_bias                                        select_by="logits"
         c    = dropped value outside the top_groups best of num_groups   groups of neighbouring experts
         ids  = the top_k largest c; ties go to the lower id; NaN ranks below everything
+               expert_table[token id], whatever the logits are           expert_table
         w    = s[ids]; for softmax with select_by="logits": softmax(l[ids])
         w    = w / (||w||_p + eps), or w / max(||w||_p, eps)             renormalize
         w    = w * scale * expert_scale[ids]
 
-    The selection bias moves the choice and never a weight. `top_k` ids of a row are always distinct and in range.
+    The selection bias moves the choice and never a weight. Ids chosen by logits are always distinct and in range.
+
+    With scoring="sparse_mixer" (Phi-3.5-MoE) the experts are those of the largest logits, and each is weighed among its
+    near rivals alone, so that most weights are exactly 1 and a row's weights do not sum to 1::
+
+        w_j = exp(l_j) / sum of exp(l_e), e not chosen before j and (l_j - l_e) / max(|l_e|, l_j) <= 2 mixer_eps
 
     Parameters
     ----------
     top_k : int
         Experts a token, from 1 to num_experts.
-    scoring : {"softmax", "sigmoid", "sqrt_softplus"}
+    scoring : {"softmax", "sigmoid", "sqrt_softplus", "sparse_mixer"}
+        "sparse_mixer" takes neither a selection bias, nor groups, nor `renormalize`, nor a table.
     select_by : {"scores", "logits"}
         "logits" with softmax is the softmax *after* the top-k (gpt-oss, Granite); Llama-4 is sigmoid by logits.
     renormalize : bool
@@ -80,23 +89,29 @@ class Router:
         Multiplies every weight (routed_scaling_factor). It never reaches a shared expert.
     logit_softcap : float, optional
         Positive.
+    mixer_eps : float
+        Of "sparse_mixer", not negative.
     expert_scale : (num_experts,) array, optional
         Multiplies the weight of each expert (Gemma-4). Converted to float32.
+    expert_table : (vocab_size, top_k) array of an int dtype, optional
+        The experts of every token id (the hash layers of DeepSeek-V4); their weights come from the logits. Converted to
+        int32. A token id outside the table, and an entry that names no expert, is a slot without an expert: id -1,
+        weight 0. Takes neither a selection bias nor groups.
 
     Raises
     ------
     TypeError, ValueError
-        If a word is unknown, a number is out of range or not finite, top_groups > num_groups, the two arrays disagree
-        in library, device or length, or num_groups does not divide their length.
+        If a word is unknown, a number is out of range or not finite, top_groups > num_groups, the arrays disagree in
+        library, device or length, num_groups does not divide their length, or options exclude each other.
 
     Notes
     -----
     Sources: the formulas follow the modules of transformers 5.17 (mixtral, qwen2_moe, llama4, deepseek_v2, deepseek_v3,
-    deepseek_v4, gpt_oss, ernie4_5_moe, lfm2_moe, dbrx, gemma4, laguna).
+    deepseek_v4, gpt_oss, ernie4_5_moe, lfm2_moe, dbrx, gemma4, laguna, phimoe).
     """
 
     top_k: int
-    scoring: Literal["softmax", "sigmoid", "sqrt_softplus"] = "softmax"
+    scoring: Literal["softmax", "sigmoid", "sqrt_softplus", "sparse_mixer"] = "softmax"
     select_by: Literal["scores", "logits"] = "scores"
     renormalize: bool = False
     renormalize_eps: float = 0.0
@@ -110,11 +125,13 @@ class Router:
     scale: float = 1.0
     logit_softcap: float | None = None
     expert_scale: Any = None
+    mixer_eps: float = 0.01
+    expert_table: Any = None
 
     def __post_init__(self) -> None:
         """Check everything that can be checked before logits are seen."""
         plain: dict[str, Any] = {"top_k": check_count("top_k", self.top_k, 1)}
-        check_word("scoring", self.scoring, ("softmax", "sigmoid", "sqrt_softplus"))
+        check_word("scoring", self.scoring, SCORINGS)
         check_word("select_by", self.select_by, ("scores", "logits"))
         if not isinstance(self.renormalize, (bool, np.bool_)):
             raise TypeError(refuse("renormalize", "True or False", repr(self.renormalize)))
@@ -132,6 +149,7 @@ class Router:
         plain["scale"] = check_number("scale", self.scale)
         if self.logit_softcap is not None:
             plain["logit_softcap"] = check_number("logit_softcap", self.logit_softcap, low=0.0, low_is_allowed=False)
+        plain["mixer_eps"] = check_number("mixer_eps", self.mixer_eps, low=0.0)
         for name, value in plain.items():  # kernels take Python numbers, not NumPy scalars
             object.__setattr__(self, name, value)
         vectors: list[tuple[str, int, Kind]] = []
@@ -148,11 +166,34 @@ class Router:
             check_kind(name, kind, first_kind, first)
             if length != first_length:
                 raise ValueError(refuse(name, f"length {first_length}, like {first}", f"length {length}"))
-        object.__setattr__(self, "_kind", vectors[0][2] if vectors else None)
+        own_kind = vectors[0][2] if vectors else None
+        if self.expert_table is not None:
+            table, own_kind = self._admit_table(own_kind)
+            object.__setattr__(self, "expert_table", table)
+        object.__setattr__(self, "_kind", own_kind)
+        self._check_exclusions()
+
+    def _admit_table(self, kind: Kind | None) -> tuple[Any, Kind]:
+        table, own_kind = admit("expert_table", self.expert_table)
+        check_rank("expert_table", table, ("vocab_size", "top_k"))
+        check_shape("expert_table", table, {"vocab_size": table.shape[0], "top_k": self.top_k})
+        check_dtype("expert_table", table, ID_DTYPES)
+        if kind is not None:
+            check_kind("expert_table", own_kind, kind, "selection_bias or expert_scale")
+        return as_int32_ids(table), own_kind
+
+    def _check_exclusions(self) -> None:
+        """Raise ValueError where two options contradict each other."""
+        by_table, by_mixer = self.expert_table is not None, self.scoring == "sparse_mixer"
+        for name in ("expert_table",) * by_table + ("scoring='sparse_mixer'",) * by_mixer:
+            if self.selection_bias is not None or self.num_groups > 1:
+                raise ValueError(refuse(name, "neither selection_bias nor num_groups beside it", "one of them"))
+        if by_mixer and (self.renormalize or by_table):
+            raise ValueError(refuse("scoring='sparse_mixer'", "neither renormalize nor expert_table", "one of them"))
 
     @property
     def kind(self) -> Kind:
-        """Where `selection_bias` and `expert_scale` live; meaningless without them."""
+        """Where the arrays live; meaningless without any."""
         return self._kind  # type: ignore[attr-defined]
 
     def check_experts(self, num_experts: int, name: str) -> None:
@@ -188,6 +229,21 @@ def check_router(router: Router, num_experts: int, kind: Kind, owner: str) -> No
         if vector is not None:
             check_shape(name, vector, {"num_experts": num_experts})
             check_kind(name, router.kind, kind, owner)
+    if router.expert_table is not None:
+        check_kind("expert_table", router.kind, kind, owner)
+
+
+def admit_input_ids(input_ids: Any, router: Router, kind: Kind, owner: str, num_tokens: int) -> Any:
+    """Return contiguous int32 token ids where `router` has an expert_table, else None; raise unless they fit."""
+    if (input_ids is None) != (router.expert_table is None):
+        wanted = "None, since the router has no expert_table" if router.expert_table is None else "an array"
+        raise ValueError(refuse("input_ids", wanted, "None" if input_ids is None else "an array"))
+    if input_ids is None:
+        return None
+    ids = admit_like("input_ids", input_ids, kind, owner)
+    check_dtype("input_ids", ids, ID_DTYPES)
+    check_shape("input_ids", ids, {"num_tokens": num_tokens})
+    return as_int32_ids(ids)
 
 
 def check_slots(num_tokens: int, top_k: int) -> None:

@@ -183,8 +183,12 @@ class SharedExperts:
         )
 
 
-def check_shared(shared: Any, experts: Experts) -> tuple[SharedExperts, ...]:
-    """Return None, one SharedExperts or a sequence of them as a tuple; raise unless all fit the routed experts."""
+def check_shared(shared: Any, experts: Experts, hidden_size: int | None = None) -> tuple[SharedExperts, ...]:
+    """Return None, one SharedExperts or a sequence of them as a tuple.
+
+    Raise unless all fit the routed experts and tokens of `hidden_size`, where that is not the experts' own.
+    """
+    wanted = hidden_size or experts.hidden_size
     if shared is None:
         return ()
     members = tuple(shared) if isinstance(shared, Sequence) else (shared,)
@@ -194,8 +198,8 @@ def check_shared(shared: Any, experts: Experts) -> tuple[SharedExperts, ...]:
             raise TypeError(refuse(name, "a cumoe.SharedExperts, or a sequence of them", type(member).__name__))
         check_kind(name, member.kind, experts.kind, "experts")
         check_same_dtype(name, member, experts.dtype, "experts")
-        if member.hidden_size != experts.hidden_size:
-            raise ValueError(refuse(name, f"hidden_size={experts.hidden_size}, like experts", member.hidden_size))
+        if member.hidden_size != wanted:
+            raise ValueError(refuse(name, f"hidden_size={wanted}, like experts", member.hidden_size))
     return members
 
 

@@ -29,6 +29,7 @@ KERNEL_UNIT = {
     "grouped_gemm_simt": "grouped_gemm_simt",
     **{unit: unit for unit in WGMMA_UNITS},
     "shared_gate": "gate",
+    "ends": "ends",
     "combine": "combine",
 }
 """The beginning of a kernel's name, and the translation unit that holds it."""

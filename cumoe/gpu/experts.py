@@ -105,8 +105,9 @@ def forward(
             first.append(_gate_up(x, own, hidden, num_rows=num_tokens))
             second.append(_down(hidden, own, out["shared_rows"][s], num_rows=num_tokens, scale_out=gates))
             s += 1
-    run(first, next_position=out["next_positions"][:1])
-    run(second, weights_first=True, next_position=out["next_positions"][1:])
+    counters = out.get("next_positions")  # zeroed by the grouping; without it tiles are dealt out evenly
+    run(first, next_position=None if counters is None else counters[:1])
+    run(second, weights_first=True, next_position=None if counters is None else counters[1:])
     return out["rows"], out["shared_rows"]
 
 

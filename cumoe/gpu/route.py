@@ -5,29 +5,31 @@ from typing import Any
 
 import numpy as np
 
-from cumoe.data.routing import Router, Routing
+from cumoe.data.routing import SCORINGS, Router, Routing
 from cumoe.door.arrays import cupy
 from cumoe.gpu.compile import launch
 from cumoe.gpu.stacks import strides
 from cumoe.gpu.structs import Struct
 
 WARPS = 4
-SCORINGS = ("softmax", "sigmoid", "sqrt_softplus")
 
 LAUNCH = Struct(
-    pointer=("logits", "selection_bias", "expert_scale", "topk_ids", "topk_weights"),
+    pointer=(
+        *("logits", "selection_bias", "expert_scale", "expert_table", "input_ids"),
+        *("topk_ids", "topk_weights"),
+    ),
     int64=("row_stride", "col_stride"),
     int32=(
         *("num_tokens", "num_experts", "top_k", "scoring", "select_by"),
         *("num_groups", "top_groups", "group_score", "renormalize", "epsilon_mode"),
     ),
-    float32=("dropped_value", "epsilon", "scale", "softcap"),
-    int32_2=("words", "padding"),
+    float32=("dropped_value", "epsilon", "scale", "softcap", "mixer_eps"),
+    int32_2=("words", "vocab_size", "padding"),
 )
 
 
-def route(logits: Any, router: Router, out: Routing | None = None) -> Routing:
-    """Choose and weigh on the current stream; the formula is in `cumoe.Router`."""
+def route(logits: Any, router: Router, out: Routing | None = None, input_ids: Any = None) -> Routing:
+    """Choose and weigh on the current stream; the formula is in `cumoe.Router`. `input_ids` are contiguous int32."""
     num_tokens, num_experts = logits.shape
     shape = (num_tokens, router.top_k)
     if out is None:
@@ -40,6 +42,8 @@ def route(logits: Any, router: Router, out: Routing | None = None) -> Routing:
         logits=logits,
         selection_bias=router.selection_bias,
         expert_scale=router.expert_scale,
+        expert_table=router.expert_table,
+        input_ids=input_ids,
         topk_ids=out.topk_ids,
         topk_weights=out.topk_weights,
         row_stride=row_stride,
@@ -58,7 +62,9 @@ def route(logits: Any, router: Router, out: Routing | None = None) -> Routing:
         epsilon=router.renormalize_eps,
         scale=router.scale,
         softcap=router.logit_softcap or 0.0,
+        mixer_eps=router.mixer_eps,
         words=words,
+        vocab_size=0 if router.expert_table is None else router.expert_table.shape[0],
         padding=0,
     )
     shared_bytes = WARPS * (num_experts + words) * 4

@@ -6,7 +6,16 @@ from pathlib import Path
 
 OPTIONS = ("--std=c++17",)
 
-UNITS = ("gate", "route", "group", "grouped_gemm_bfloat16", "grouped_gemm_float16", "grouped_gemm_simt", "combine")
+UNITS = (
+    "gate",
+    "ends",
+    "route",
+    "group",
+    "grouped_gemm_bfloat16",
+    "grouped_gemm_float16",
+    "grouped_gemm_simt",
+    "combine",
+)
 """Translation units for every GPU; the quickest to compile comes first."""
 
 WGMMA_UNITS = tuple(

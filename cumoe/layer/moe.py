@@ -103,23 +103,25 @@ def moe(
     return result if out is not None else give_back(y, kind)
 
 
-def check_weights(experts: Any, shared: Any, weight_on: Any) -> tuple[Experts, tuple[SharedExperts, ...]]:
-    """Return checked experts and shared experts."""
+def check_weights(
+    experts: Any, shared: Any, weight_on: Any, hidden_size: int | None = None
+) -> tuple[Experts, tuple[SharedExperts, ...]]:
+    """Return checked experts and shared experts; tokens have the experts' hidden_size, or one of their own."""
     if not isinstance(experts, Experts):
         raise TypeError(refuse("experts", "a cumoe.Experts", type(experts).__name__))
     check_word("weight_on", weight_on, WEIGHT_ON)
     if experts.kind.on_gpu:
         check_count("num_experts", experts.num_experts, 1, GPU_MAX_EXPERTS, of=" on a GPU")
-    return experts, check_shared(shared, experts)
+    return experts, check_shared(shared, experts, hidden_size)
 
 
-def admit_tokens(x: Any, experts: Experts) -> tuple[Any, Kind]:
-    """View the tokens; raise unless they fit the experts."""
+def admit_tokens(x: Any, experts: Experts, hidden_size: int | None = None) -> tuple[Any, Kind]:
+    """View the tokens; raise unless they fit the experts, or have the given hidden_size."""
     tokens, kind = admit("x", x)
     check_kind("x", kind, experts.kind, "experts")
     check_dtype("x", tokens, (experts.dtype,))
     check_rank("x", tokens, ("num_tokens", "hidden_size"))
-    check_shape("x", tokens, {"num_tokens": tokens.shape[0], "hidden_size": experts.hidden_size})
+    check_shape("x", tokens, {"num_tokens": tokens.shape[0], "hidden_size": hidden_size or experts.hidden_size})
     return tokens, kind
 
 

@@ -3,13 +3,13 @@
 from typing import Any
 
 from cumoe.cpu.route import route as cpu_route
-from cumoe.data.routing import Router, Routing, check_logits
+from cumoe.data.routing import Router, Routing, admit_input_ids, check_logits
 from cumoe.door.arrays import admit, give_back, on_device
 from cumoe.door.checks import refuse
 from cumoe.gpu.route import route as gpu_route
 
 
-def route(router_logits: Any, router: Router) -> Routing:
+def route(router_logits: Any, router: Router, input_ids: Any = None) -> Routing:
     """Choose `top_k` experts a token and weigh them; the formula is in `Router`.
 
     Parameters
@@ -18,6 +18,8 @@ def route(router_logits: Any, router: Router) -> Routing:
         Any strides. NumPy arrays are served on the CPU, CuPy arrays on the current stream; other DLPack exporters are
         viewed without a copy.
     router : Router
+    input_ids : (num_tokens,) array of an int dtype
+        What a router's `expert_table` is looked up with; for no other router.
 
     Returns
     -------
@@ -27,10 +29,11 @@ def route(router_logits: Any, router: Router) -> Routing:
     Raises
     ------
     TypeError
-        If the logits are no array, have another dtype, or live elsewhere than the router's arrays.
+        If the logits or input_ids are no array, have another dtype, or live elsewhere than the router's arrays.
     ValueError
         If the rank is not 2, top_k > num_experts, the groups do not divide num_experts, the length of a router's array
-        is not num_experts, num_tokens * top_k >= 2^31, or num_experts > 1024 on a GPU.
+        is not num_experts, num_tokens * top_k >= 2^31, num_experts > 1024 on a GPU, or there are input_ids without an
+        expert_table or the other way round.
 
     See Also
     --------
@@ -46,5 +49,6 @@ def route(router_logits: Any, router: Router) -> Routing:
     logits, kind = admit("router_logits", router_logits)
     check_logits("router_logits", logits, kind, router)
     with on_device(kind):
-        routing = gpu_route(logits, router) if kind.on_gpu else cpu_route(logits, router)
+        ids = admit_input_ids(input_ids, router, kind, "router_logits", logits.shape[0])
+        routing = gpu_route(logits, router, input_ids=ids) if kind.on_gpu else cpu_route(logits, router, ids)
     return Routing(give_back(routing.topk_ids, kind), give_back(routing.topk_weights, kind))

@@ -1,0 +1,83 @@
+"""Filling the arrays of a layer: every byte goes once from the mapped files to where it is computed with."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from cumoe.checkpoint.files import Files
+from cumoe.checkpoint.projections import Copy, Plan
+from cumoe.door.arrays import cupy
+
+Progress = Literal["bar", "none"]
+
+
+class Bar(Protocol):
+    """What is asked of a progress bar."""
+
+    def update(self, n: int) -> Any:
+        """Say that `n` more bytes have been read."""
+
+
+def read(
+    files: Files, plans: dict[str, Plan], on_gpu: bool, widen: np.dtype | None, progress: Progress
+) -> dict[str, Any]:
+    """Return the arrays of the plans, NumPy or, on a GPU, CuPy on its current device.
+
+    On the CPU an array that is a whole tensor is a read-only view of the mapped file: nothing is copied. All others are
+    filled in the order of the bytes in the files.
+
+    Parameters
+    ----------
+    files : Files
+    plans : dict of Plan
+    on_gpu : bool
+    widen : dtype or None
+        What floating-point numbers are converted to.
+    progress : {"bar", "none"}
+    """
+    arrays: dict[str, Any] = {}
+    jobs: list[tuple[Copy, Any]] = []
+    for name, plan in plans.items():
+        dtype = widen if widen is not None and plan.dtype.kind not in "iu" else plan.dtype
+        if plan.whole is not None and not on_gpu and dtype == plan.dtype:
+            view = files.view(plan.whole).reshape(plan.shape)
+            if view.flags.aligned:
+                arrays[name] = plan.viewed(view)
+                continue
+        array = (cupy if on_gpu else np).empty(plan.shape, dtype)
+        jobs += [(copy, array) for copy in plan.copies]
+        arrays[name] = plan.viewed(array)
+    jobs.sort(key=lambda job: (job[0].tensor.file, job[0].tensor.begin))  # stable: runs of a tensor stay in order
+    with _bar(sum(array[copy.target].nbytes for copy, array in jobs), progress) as bar:
+        for copy, array in jobs:
+            source = files.view(copy.tensor)[copy.source]
+            target = array[copy.target]
+            source = source.astype(array.dtype, copy=False).reshape(target.shape)
+            if on_gpu:
+                target.set(source)
+            else:
+                target[...] = source
+            bar.update(target.nbytes)
+    return arrays
+
+
+class _NoBar:
+    def update(self, n: int) -> None:
+        """Show nothing."""
+
+
+@contextmanager
+def _bar(num_bytes: int, progress: Progress) -> Iterator[Bar]:
+    """Yield a bar on stderr, shown in a terminal if tqdm is installed."""
+    if progress == "bar":
+        try:
+            from tqdm import tqdm  # noqa: PLC0415 - optional
+        except ImportError:
+            pass
+        else:
+            with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="layer", disable=None, leave=False) as bar:
+                yield bar
+            return
+    yield _NoBar()
