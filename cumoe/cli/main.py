@@ -1,4 +1,4 @@
-"""The command line: ``cumoe demo``, ``cumoe inspect``, ``cumoe run`` and ``cumoe config``."""
+"""The command line: ``cumoe demo``, ``cumoe inspect``, ``cumoe run``, ``cumoe bench`` and ``cumoe config``."""
 
 import argparse
 import sys
@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import cumoe
+from cumoe.cli.bench import bench
 from cumoe.cli.checkpoint import inspect, run
 from cumoe.cli.demo import demo
 from cumoe.cli.families import FAMILIES
 from cumoe.cli.files import DTYPES
 from cumoe.cli.refusal import Refusal
+from cumoe.cli.shapes import NUM_TOKENS, SHAPES
+from cumoe.layer.moe import WEIGHT_ON
 
 DEVICE: dict[str, Any] = {
     "choices": ("auto", "gpu", "cpu"), "default": "auto", "help": "default: a GPU if there is one",
@@ -41,9 +44,10 @@ def parser() -> Parser:
     """Return the parser of all commands."""
     top = Parser(prog="cumoe", description="Mixture-of-Experts layers on NVIDIA GPUs with CuPy and NumPy alone.")
     top.add_argument("--version", action="version", version=f"cumoe {cumoe.__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="{demo,inspect,run,config}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="{demo,inspect,run,bench,config}")
     commands.add_parser("config", help="print versions and devices")
     _add_checkpoint_commands(commands)
+    _add_bench(commands)
     show = commands.add_parser(
         "demo",
         help="run a layer and compare it with the definition",
@@ -77,6 +81,21 @@ def _add_checkpoint_commands(commands: Any) -> None:
     use.add_argument("--device", **DEVICE)
 
 
+def _add_bench(commands: Any) -> None:
+    time = commands.add_parser(
+        "bench",
+        help="time published layers on the GPU",
+        description="Time cumoe.moe at the sizes of published layers, replayed from a CUDA graph with a cold L2 cache, "
+        "beside the least that cuBLAS's rate and the memory's bandwidth, measured first, would allow.",
+    )
+    layers, tokens = tuple(SHAPES), " ".join(map(str, NUM_TOKENS))
+    time.add_argument("--layers", nargs="+", choices=layers, default=layers, metavar="NAME", help=", ".join(layers))
+    time.add_argument("--tokens", nargs="+", type=count, default=NUM_TOKENS, metavar="N", help=f"default: {tokens}")
+    time.add_argument("--weight-on", choices=WEIGHT_ON, help="default: where the layer has them")
+    time.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="default: %(default)s")
+    time.add_argument("--csv", type=Path, metavar="FILE", help="where to save the table too")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0 is success, 1 a wrong result, 2 a refusal."""
     options = parser().parse_args(arguments)
@@ -84,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cumoe.show_config()
         return 0
     try:
-        return {"demo": demo, "inspect": inspect, "run": run}[options.command](options)
+        return {"demo": demo, "inspect": inspect, "run": run, "bench": bench}[options.command](options)
     except Refusal as refusal:
         print(f"cumoe {options.command}: {refusal}", file=sys.stderr)
     except MemoryError as error:
