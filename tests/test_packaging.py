@@ -10,10 +10,17 @@ from hypothesis import strategies as st
 from cumoe.data.routing import GPU_MAX_EXPERTS
 from cumoe.gpu import combine, config, ends, experts, group, route, sources, stacks
 from cumoe.gpu.compile import KERNEL_UNIT
+from cumoe.gpu.tensor_map import MAP_BYTES
 
 ROOT = Path(__file__).resolve().parent.parent
+UNITS = sources.UNITS + sources.WGMMA_UNITS
 CUDA = {path.name: path.read_text(encoding="utf-8") for path in sorted(sources.kernels_directory().glob("*.cu*"))}
 SMALLEST_SHARED_BYTES = 101_376  # what one block may have on sm_86, sm_89 and sm_120
+HOPPER_SHARED_BYTES = 232_448  # the same on sm_90, static shared memory included
+HOPPER_SM_BYTES, RESERVED_BYTES = 233_472, 1024  # of an SM; of them for every block on it
+MAX_GROUPS = GPU_MAX_EXPERTS + stacks.MAX_STACKS
+
+WGMMA_TILES = [tile for tile in config.CONFIGS if tile.engine == "wgmma"]
 
 LAUNCHES = {
     "CombineLaunch": combine.LAUNCH,
@@ -49,9 +56,15 @@ def constant(text):
     return eval(text, {"__builtins__": {}}, {"MAX_STACKS": stacks.MAX_STACKS})
 
 
+def number(name):
+    """Return a number that the CUDA sources define once, as ``name = number``."""
+    (found,) = re.findall(rf"\b{name} = (\d+)\b", "\n".join(CUDA.values()))
+    return int(found)
+
+
 def test_the_sources_are_found():
-    """In the checkout or in the installed package."""
-    assert {f"{unit}.cu" for unit in sources.UNITS} <= set(CUDA)
+    """In the checkout or in the installed package; every .cu file is a unit."""
+    assert {f"{unit}.cu" for unit in UNITS} == {name for name in CUDA if name.endswith(".cu")}
 
 
 def test_struct_sizes_are_those_that_python_packs():
@@ -62,7 +75,9 @@ def test_struct_sizes_are_those_that_python_packs():
         for struct, size in re.findall(r"static_assert\(sizeof\((\w+)\) == ([^,]+),", text)
     }
     packed = {struct: twin.itemsize for struct, twin in LAUNCHES.items()}
-    assert asserted == packed | {"GemmLaunch": stacks.LAUNCH_BYTES}
+    assert asserted == packed | {"GemmLaunch": stacks.LAUNCH_BYTES, "WgmmaLaunch": stacks.WGMMA_LAUNCH_BYTES}
+    tail = 8 + 2 * 4  # a pointer and two int behind the GemmLaunch
+    assert 3 * MAP_BYTES * stacks.MAX_STACKS + stacks.LAUNCH_BYTES + tail <= stacks.WGMMA_LAUNCH_BYTES
     assert f"MAX_STACKS = {stacks.MAX_STACKS};" in CUDA["stacks.cuh"]
 
 
@@ -73,7 +88,7 @@ def test_struct_fields_lie_where_python_packs_them(struct):
     assert cuda_fields(struct) == list(zip(packed.names, packed._struct.format.removeprefix("="), strict=True))
 
 
-@pytest.mark.parametrize("unit", sources.UNITS)
+@pytest.mark.parametrize("unit", UNITS)
 def test_a_unit_is_one_text_with_each_header_once(unit):
     """Nothing of the project is left to include, and nothing comes twice."""
     text = sources.unit_source(unit)
@@ -86,9 +101,30 @@ def test_a_unit_is_one_text_with_each_header_once(unit):
 
 def test_every_kernel_has_a_unit_and_every_unit_kernels():
     """The table that finds a kernel names the units that are compiled."""
-    assert set(KERNEL_UNIT.values()) == set(sources.UNITS)
+    assert set(KERNEL_UNIT.values()) == set(UNITS)
     for prefix, unit in KERNEL_UNIT.items():
         assert prefix in sources.unit_source(unit)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("order", ["inner_major", "row_major"])
+def test_every_name_that_the_hopper_dispatch_can_form_is_a_kernel(dtype, order):
+    """The macros of a unit, expanded by hand, give these names and no other."""
+    unit = f"grouped_gemm_wgmma_{dtype}_{order}"
+    text = sources.unit_source(unit)
+    ((prefix, arithmetic, cuda_order),) = re.findall(r"^GROUPED_GEMM_WGMMA_ALL\((\w+), (\w+), (\w+)\)", text, re.M)
+    tiles = re.findall(r"GROUPED_GEMM_WGMMA_PAIR\(NAME##_(\w+), T, (?:hopper::)?Shape(\w+), ORDER\)", text)
+    pairings = re.findall(r"GROUPED_GEMM_WGMMA\(NAME##_(\w+), T, SHAPE, ORDER, (\w+)\)", text)
+    assert (arithmetic, cuda_order) == ({"bfloat16": "bf16", "float16": "fp16"}[dtype], order.upper())
+    assert all(suffix == shape for suffix, shape in tiles)
+    assert dict(pairings) == {"paired": "true", "single": "false"}
+    defined = [f"{prefix}_{tile}_{pairing}" for tile, _ in tiles for pairing, _ in pairings]
+    named = [
+        f"{unit}_{tile.block_m}x{2 * tile.half}_{pairing}" for tile in WGMMA_TILES for pairing in ("paired", "single")
+    ]
+    assert sorted(defined) == sorted(named)
+    for name in named:
+        assert {of for start, of in KERNEL_UNIT.items() if name.startswith(start + "_")} == {unit}
 
 
 def test_tiles_are_those_of_the_kernels():
@@ -102,10 +138,48 @@ def test_tiles_are_those_of_the_kernels():
     assert f"THREADS = {config.THREADS}," in CUDA["grouped_gemm_mma.cuh"]
 
 
-@pytest.mark.parametrize("tile", config.CONFIGS, ids=str)
+def test_hopper_tiles_are_those_of_the_kernels():
+    """Rows, warpgroups and blocks of an SM as the sources have them; a warpgroup has 64 weight rows of each half."""
+    text = "\n".join(CUDA.values())
+    shapes = re.findall(r"using Shape(\d+)x(\d+) = (?:hopper::)?TileShape<(\d+), (\d+), (\d+)>;", text)
+    inner = int(re.search(r"\bBLOCK_K = (\d+), ROW_BYTES = ", text)[1])
+    assert len(shapes) == len(WGMMA_TILES)
+    for shape, tile in zip(shapes, WGMMA_TILES, strict=True):
+        rows, weight_rows, block_m, consumers, blocks = map(int, shape)
+        assert (rows, weight_rows) == (block_m, 2 * 64 * consumers)
+        assert (block_m, 64 * consumers, inner, blocks) == (tile.block_m, tile.half, tile.block_k, tile.blocks_per_sm)
+        assert tile.threads == number("PRODUCERS") + consumers * number("WARPGROUP")
+        assert 2 <= tile.stages <= tile.alone().stages <= number("MAX_STAGES")
+
+
+def test_the_smallest_slab_is_that_of_the_kernels():
+    """Sixteen rows of two float32 halves; its rows are padded."""
+    text = "\n".join(CUDA.values())
+    pitch = number("RUN") + int(re.search(r"SLAB_PITCH = RUN \+ (\d+);", text)[1])
+    assert 2 * 16 * pitch * 4 == config.SMALLEST_SLAB_BYTES
+    assert "2 * 16 * SLAB_PITCH * 4" in text
+
+
+@pytest.mark.parametrize("tile", [tile for tile in config.CONFIGS if tile.engine != "wgmma"], ids=str)
 def test_shared_memory_suffices_everywhere(tile):
     """Also with as many groups as a launch can have: all routed experts and a shared expert in every other stack."""
-    assert tile.shared_bytes(GPU_MAX_EXPERTS + stacks.MAX_STACKS) <= SMALLEST_SHARED_BYTES
+    assert tile.shared_bytes(MAX_GROUPS) <= SMALLEST_SHARED_BYTES
+
+
+def hopper_bytes(tile, num_groups):
+    """Return the shared memory of a block, with what the kernel declares: ring, barriers, totals of the scan."""
+    ring = number("RING") * (3 * tile.block_m * 4 + 32)
+    barriers = 8 * (2 * number("MAX_STAGES") + 2 * number("RING"))
+    return tile.shared_bytes(num_groups) + ring + barriers + tile.threads // 32 * 4
+
+
+@pytest.mark.parametrize("tile", WGMMA_TILES, ids=str)
+def test_shared_memory_of_hopper_suffices(tile):
+    """One block with as many groups as a launch can have; as many blocks as are wanted with 512 experts."""
+    for shape in (tile, tile.alone()):
+        assert hopper_bytes(shape, MAX_GROUPS) <= HOPPER_SHARED_BYTES
+    block = hopper_bytes(tile, 512 + stacks.MAX_STACKS) + RESERVED_BYTES
+    assert tile.blocks_per_sm * block <= HOPPER_SM_BYTES
 
 
 STACKS = st.lists(

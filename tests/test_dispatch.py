@@ -1,0 +1,289 @@
+"""Which Hopper tile is launched, how it cuts rows, and what its tensor maps read; no GPU needed."""
+
+from itertools import product
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support import DTYPES
+
+from cumoe.gpu import config, tensor_map
+from cumoe.gpu.config import StackSizes
+from cumoe.gpu.stacks import strides
+
+RAGGED = (0, 1, 7, 8, 9, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255)
+TILES = [tile for tile in config.CONFIGS if tile.engine == "wgmma"]
+BAND = 4  # weight blocks that the kernel walks together
+
+each_tile = pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.block_m}x{2 * tile.half}")
+
+
+def chosen(*sizes):
+    """Return the tile for (num_experts, num_rows, weight_rows) of every stack."""
+    return config.select_config("wgmma", tuple(StackSizes(*size, stacked_pair=False) for size in sizes))
+
+
+# --- the choice ---
+
+
+@each_tile
+def test_a_tile_serves_up_to_its_mean_rows(tile):
+    """One row more goes to the next tile, if there is one."""
+    limit, following = config.WGMMA_MEAN_ROWS[tile.block_m], (TILES + TILES[-1:])[TILES.index(tile) + 1]
+    assert chosen((8, 8 * limit, 256)) == tile
+    assert chosen((8, 8 * limit - 7, 256)) == tile  # the mean is rounded up
+    assert chosen((8, 8 * limit + 1, 256)) == following
+
+
+def test_every_tile_has_a_limit_and_limits_grow():
+    """The table of mean rows speaks of the tiles that exist."""
+    assert list(config.WGMMA_MEAN_ROWS) == [tile.block_m for tile in TILES]
+    assert sorted(config.WGMMA_MEAN_ROWS.values()) == list(config.WGMMA_MEAN_ROWS.values())
+
+
+@given(st.integers(1, 64), st.integers(1, 8), st.integers(1, 4096), st.lists(st.integers(1, 4096), max_size=3))
+def test_more_tokens_never_choose_a_smaller_tile(num_experts, top_k, width, shared_widths):
+    """Also beside shared experts, which see all tokens."""
+    heights = [
+        chosen((num_experts, top_k * rows, width), *((1, rows, shared) for shared in shared_widths)).block_m
+        for rows in (*RAGGED, 1000, 10_000)
+    ]
+    assert heights == sorted(heights)
+
+
+@pytest.mark.parametrize("rows", RAGGED[1:])
+def test_a_wide_shared_expert_asks_for_a_tile_that_holds_its_rows(rows):
+    """As soon as it does as much work as the routed experts, and not before."""
+    alone, equal = chosen((256, rows, 512)), chosen((256, rows, 512), (1, rows, 512))
+    assert chosen((256, rows, 512), (1, rows, 511)) == alone
+    assert equal == next((tile for tile in TILES if tile.block_m >= rows), TILES[-1])
+    assert chosen((256, rows, 512), (1, rows, 256), (1, rows, 256)) == equal
+
+
+@pytest.mark.parametrize("rows", RAGGED)
+def test_ragged_rows_get_a_tile_and_a_grid(rows):
+    """Without rows there is nothing to launch; with rows, no more blocks than an SM holds."""
+    sizes = (StackSizes(4, rows, 272, True), StackSizes(1, rows, 72, False))
+    tile = config.select_config("wgmma", sizes)
+    assert tile in TILES
+    for shape in (tile, tile.alone()):
+        grid = config.grid_size(shape, sizes, 132)
+        assert grid == min(config.max_tiles(shape, sizes), 132 * shape.blocks_per_sm)
+        assert (grid == 0) == (rows == 0)
+
+
+@each_tile
+def test_a_tile_alone_is_the_same_kernel_with_all_stages(tile):
+    """Rows, weight rows and threads are compiled in; stages are not."""
+    alone = tile.alone()
+    assert alone[:4] == tile[:4] and alone.threads == tile.threads
+    assert (alone.stages, alone.blocks_per_sm) == (tile.stages * tile.blocks_per_sm, 1)
+    assert alone.alone() == alone
+
+
+# --- how rows are cut: a twin of Tiling::tile ---
+
+
+def runs_of(num_rows, block_m):
+    """Return (first, rows) of the runs into which the kernel cuts an expert's rows; the last may have none."""
+    row_blocks = -(-num_rows // block_m)
+    longest = -(-num_rows // max(row_blocks, 1))
+    run = -(-longest // 8) * 8
+    return [(i * run, min(run, num_rows - i * run)) for i in range(row_blocks)]
+
+
+def walked(num_rows, block_m, weight_blocks):
+    """Return (run, weight block) of an expert's tiles in order."""
+    row_blocks = -(-num_rows // block_m)
+    for tile in range(row_blocks * weight_blocks):
+        band, in_band = divmod(tile, BAND * row_blocks)
+        width = min(BAND, weight_blocks - band * BAND)
+        yield in_band // width, band * BAND + in_band % width
+
+
+def check_runs(num_rows, block_m):
+    """Fail unless every row lies in one run, and no run is longer than a tile."""
+    covered = [first + i for first, rows in runs_of(num_rows, block_m) for i in range(max(rows, 0))]
+    assert covered == list(range(num_rows))
+    assert all(rows <= block_m and first % 8 == 0 for first, rows in runs_of(num_rows, block_m))
+
+
+@each_tile
+@pytest.mark.parametrize("num_rows", RAGGED)
+def test_ragged_rows_are_covered_once(tile, num_rows):
+    """And an expert of its own needs as many tiles as are reserved for it."""
+    check_runs(num_rows, tile.block_m)
+    sizes = (StackSizes(1, num_rows, 2 * tile.half, False),)
+    assert len(runs_of(num_rows, tile.block_m)) == config.max_tiles(tile, sizes)
+
+
+@given(st.integers(0, 20_000), st.sampled_from(TILES))
+def test_any_rows_are_covered_once(num_rows, tile):
+    """Runs are multiples of 8 rows, and where that leaves none for the last ones, they come out empty."""
+    check_runs(num_rows, tile.block_m)
+
+
+@given(st.integers(0, 1000), st.integers(1, 40), st.sampled_from(TILES))
+def test_bands_walk_every_run_over_every_weight_block(num_rows, weight_blocks, tile):
+    """Each pair once."""
+    runs = range(len(runs_of(num_rows, tile.block_m)))
+    assert sorted(walked(num_rows, tile.block_m, weight_blocks)) == list(product(runs, range(weight_blocks)))
+
+
+STACKS = st.lists(
+    st.tuples(st.lists(st.integers(0, 300), min_size=1, max_size=12), st.integers(1, 1500), st.booleans()),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(STACKS, st.sampled_from(TILES), st.integers(0, 300))
+def test_max_tiles_bounds_what_the_kernel_counts(drawn, tile, without_expert):
+    """Any routing, and rows that no expert has; the kernel divides all weight rows, paired or not."""
+    sizes, tiles = [], 0
+    for rows_of, width, paired in drawn:
+        weight_rows = 2 * width if paired else width
+        sizes.append(StackSizes(len(rows_of), sum(rows_of) + without_expert, weight_rows, paired))
+        tiles += sum(len(runs_of(rows, tile.block_m)) for rows in rows_of) * -(-weight_rows // (2 * tile.half))
+    assert tiles <= config.max_tiles(tile, tuple(sizes)) == config.max_tiles(tile.alone(), tuple(sizes))
+
+
+# --- tensor maps ---
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """Return the list of arguments with which maps are encoded."""
+    calls = []
+    monkeypatch.setattr(tensor_map, "_encode", lambda *arguments: calls.append(arguments) or b"")
+    return calls
+
+
+def placed(array, transposed=False, pad=0, before=0):
+    """Return (what CuPy would show of the array, memory): rows `pad` elements apart, `before` elements in front."""
+    inside = array.swapaxes(-1, -2) if transposed else array
+    wide = np.full((*inside.shape[:-1], inside.shape[-1] + pad), 65535, array.dtype)
+    wide[..., : inside.shape[-1]] = inside
+    view = wide[..., : inside.shape[-1]]
+    view = view.swapaxes(-1, -2) if transposed else view
+    memory = np.concatenate([np.full(before, 65535, array.dtype), wide.ravel()])
+    seen = SimpleNamespace(
+        data=SimpleNamespace(ptr=2 * before), dtype=DTYPES["bfloat16"], shape=array.shape, strides=view.strides,
+        ndim=array.ndim,
+    )  # fmt: skip
+    return seen, memory
+
+
+def read_box(memory, call, corner):
+    """Return what TMA would write for a box at `corner` (innermost axis first): zeros beyond the lengths."""
+    pointer, _, lengths, steps, box = call
+    index = np.indices(box[::-1])[::-1] + np.array(corner).reshape(-1, 1, 1, 1, 1)
+    exists = np.logical_and.reduce([(i >= 0) & (i < length) for i, length in zip(index, lengths, strict=True)])
+    at = pointer + 2 * index[0] + sum(i * step for i, step in zip(index[1:], steps, strict=True))
+    assert (at[exists] < 2 * memory.size).all()
+    return np.where(exists, memory[np.where(exists, at, 0) // 2], 0)[0, 0]
+
+
+def check_legal(call):
+    """Fail where the driver would refuse."""
+    pointer, dtype, lengths, steps, box = call
+    assert pointer % 16 == 0 and dtype in ("bfloat16", "float16")
+    assert all(1 <= length <= 2**32 for length in lengths)
+    assert all(0 < step < 2**40 and step % 16 == 0 for step in steps)
+    assert all(1 <= edge <= 256 for edge in box) and box[0] * 2 <= 128
+
+
+def weight_tile(memory, call, order, tile, paired, weight_block, expert, inner):
+    """Return the two halves (half, HALF_ROWS, 64) that a stage gets, as load_weights asks for them."""
+    halves = []
+    for half in range(2):
+        row = (weight_block if paired else 2 * weight_block + half) * tile.half
+        pair_half = half if paired else 0
+        if order == "inner_major":
+            halves.append(read_box(memory, call, (inner, row, pair_half, expert)))
+        else:
+            boxes = [read_box(memory, call, (row + run, inner, pair_half, expert)) for run in range(0, tile.half, 64)]
+            halves.append(np.concatenate([box.T for box in boxes]))
+    return np.stack(halves)
+
+
+def wanted_tile(w, layout, tile, paired, weight_block, expert, inner):
+    """Return the same from the definition: gate and up rows of the same features, or neighbours."""
+    rows = w.shape[1]
+    gate, up = {
+        "stacked": (range(rows // 2), range(rows // 2, rows)),
+        "interleaved": (range(0, rows, 2), range(1, rows, 2)),
+        "ungated": (range(rows), range(rows)),
+    }[layout if paired else "ungated"]
+    wanted = np.zeros((2, tile.half, 64), w.dtype)
+    for half, those in enumerate((gate, up)):
+        begin = (weight_block if paired else 2 * weight_block + half) * tile.half
+        part = w[expert][list(those[begin : begin + tile.half]), inner : inner + 64]
+        wanted[half, : part.shape[0], : part.shape[1]] = part
+    return wanted
+
+
+@each_tile
+@pytest.mark.parametrize("order", ["inner_major", "row_major"])
+@pytest.mark.parametrize("layout", ["stacked", "interleaved", "ungated"])
+@pytest.mark.parametrize(
+    ("shape", "pad"), [((3, 208, 72), 0), ((3, 208, 72), 8), ((1, 16, 136), 0), ((2, 16, 8), 8), ((1, 16, 1), 8)]
+)
+def test_weight_maps_read_the_rows_of_a_tile(encoded, tile, order, layout, shape, pad):
+    """Both halves of every tile, zeros beyond the weights, nothing of the padding."""
+    if shape[2] == 1:
+        pad = 7 if order == "inner_major" else 0  # rows at multiples of 16 bytes
+    w = np.arange(1, 1 + np.prod(shape), dtype=np.uint16).reshape(shape)
+    seen, memory = placed(w, transposed=order == "row_major", pad=pad, before=24)
+    tensor_map.weight_map(seen, strides(seen), layout, order, tile.half)
+    (call,) = encoded
+    check_legal(call)
+    paired = layout == "stacked" or (layout == "interleaved" and order == "inner_major")
+    weight_blocks = -(-shape[1] // (2 * tile.half))
+    for expert, block, inner in product(range(shape[0]), range(weight_blocks), range(0, shape[2], 64)):
+        got = weight_tile(memory, call, order, tile, paired, block, expert, inner)
+        assert (got == wanted_tile(w, layout, tile, paired, block, expert, inner)).all(), (expert, block, inner)
+
+
+@pytest.mark.parametrize(
+    ("layout", "order", "lengths", "steps"),
+    [
+        ("stacked", "inner_major", (72, 104, 2, 3), (144, 104 * 144, 208 * 144)),
+        ("interleaved", "inner_major", (72, 104, 2, 3), (288, 144, 208 * 144)),
+        ("ungated", "inner_major", (72, 208, 1, 3), (144, 16, 208 * 144)),
+        ("stacked", "row_major", (104, 72, 2, 3), (416, 208, 72 * 416)),
+        ("interleaved", "row_major", (208, 72, 1, 3), (416, 16, 72 * 416)),
+        ("ungated", "row_major", (208, 72, 1, 3), (416, 16, 72 * 416)),
+    ],
+)
+def test_lengths_and_steps_of_weight_maps(encoded, layout, order, lengths, steps):
+    """The numbers themselves, for weights (3, 208, 72); steps in bytes."""
+    seen, _ = placed(np.zeros((3, 208, 72), np.uint16), transposed=order == "row_major")
+    tensor_map.weight_map(seen, strides(seen), layout, order, 128)
+    box = (64, 128 if order == "inner_major" else 64, 1, 1)
+    assert encoded == [(0, "bfloat16", lengths, steps, box)]
+
+
+@pytest.mark.parametrize(("shape", "pad"), [((200, 72), 0), ((200, 72), 8), ((1, 136), 0), ((9, 8), 0), ((9, 1), 7)])
+@pytest.mark.parametrize("box_rows", [16, 64])
+def test_row_maps_read_neighbouring_rows(encoded, shape, pad, box_rows):
+    """From any first row; zeros beyond the last row and the last column."""
+    a = np.arange(1, 1 + np.prod(shape), dtype=np.uint16).reshape(shape)
+    seen, memory = placed(a, pad=pad, before=8)
+    tensor_map.row_map(seen, strides(seen), box_rows)
+    (call,) = encoded
+    check_legal(call)
+    for row, inner in product((0, 1, shape[0] // 2, shape[0] - 1), range(0, shape[1], 64)):
+        wanted = np.zeros((box_rows, 64), np.uint16)
+        part = a[row : row + box_rows, inner : inner + 64]
+        wanted[: part.shape[0], : part.shape[1]] = part
+        assert (read_box(memory, call, (inner, row, 0, 0)) == wanted).all()
+
+
+def test_every_run_of_rows_fits_into_boxes_within_the_stage():
+    """Boxes of 64 and of 16 rows bring a run, rounded up to 16 rows; a stage has no more than the tile's rows."""
+    for tile in TILES:
+        assert tile.block_m % 16 == 0
+        assert all(-(-rows // 16) * 16 <= tile.block_m for rows in range(1, tile.block_m + 1))

@@ -1,0 +1,235 @@
+"""Every Hopper tile against the definition, at every awkward number of rows; each tile is forced."""
+
+from dataclasses import replace
+from functools import lru_cache
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from support import DTYPES, GPU, assert_close, gpu_is_there, random_layer
+
+import cumoe
+from cumoe.gpu import config, stacks
+from cumoe.gpu.compile import has_wgmma
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not (gpu_is_there() and has_wgmma(0)), reason="no GPU that the Hopper kernels serve"),
+]
+
+COUNTS = (
+    0, 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 111, 112, 113, 127, 128, 129, 191, 192, 193, 255,
+)  # fmt: skip
+FEW = (0, 1, 8, 31)  # fewer tiles than SMs, whatever the tile: a block has an SM for itself
+TILES = {f"{tile.block_m}x{2 * tile.half}": tile for tile in config.CONFIGS if tile.engine == "wgmma"}
+LAYERS = {
+    "silu": {"activation": "silu", "layout": "stacked"},
+    "relu2": {"activation": "relu2", "layout": "ungated"},
+    "gelu": {"activation": "gelu", "layout": "stacked"},
+    "gelu_tanh": {"activation": "gelu_tanh", "layout": "stacked"},
+    "ungated_gelu": {"activation": "gelu", "layout": "ungated"},
+    "gpt_oss": {"activation": "gpt_oss", "layout": "interleaved"},
+    "interleaved": {"activation": "silu", "layout": "interleaved"},
+    "clamped_after": {"activation": cumoe.Activation("silu", limit=0.5, clamp="after"), "layout": "stacked"},
+}
+
+each_tile = pytest.mark.parametrize("tile", TILES)
+each_order = pytest.mark.parametrize("order", ["inner_major", "row_major"])
+each_dtype = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+
+
+def pairing_of(kind, order):
+    """Return whether the first projection takes its weights in pairs; the second never does."""
+    layout = LAYERS[kind]["layout"]
+    return "paired" if layout == "stacked" or (layout == "interleaved" and order == "inner_major") else "single"
+
+
+@lru_cache
+def ragged_layer(dtype, order, kind="silu", counts=COUNTS, weight_on="output", shared_sizes=(72,)):
+    """Return a layer whose expert e has exactly counts[e] rows, in shuffled order. Not to be changed: see `copied`."""
+    rng = np.random.default_rng(11)
+    layer = random_layer(
+        rng, dtype, num_tokens=sum(counts), hidden_size=200, intermediate_size=136, num_experts=len(counts), top_k=1,
+        shared_sizes=shared_sizes, biases=True, transposed=order == "row_major", weight_on=weight_on, **LAYERS[kind],
+    )  # fmt: skip
+    ids = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    return replace(layer, topk_ids=rng.permutation(ids)[:, None])
+
+
+@lru_cache
+def expected(dtype, *options):
+    """Return the layer by definition; the order of axes does not matter."""
+    return ragged_layer(dtype, "inner_major", *options).expected()
+
+
+def copied(layer):
+    """Return a layer whose tokens, ids and experts may be changed; strides stay."""
+    experts = {k: part.copy(order="K") if isinstance(part, np.ndarray) else part for k, part in layer.experts.items()}
+    return replace(layer, x=layer.x.copy(), topk_ids=layer.topk_ids.copy(), experts=experts)
+
+
+@pytest.fixture
+def force(monkeypatch):
+    """Return a function that has every Hopper launch use one tile; it gives what was chosen and launched since."""
+    select, launch = stacks.select_config, stacks.launch
+
+    def force_tile(name):
+        seen = SimpleNamespace(engines=[], kernels=[])
+
+        def forced(engine, sizes):
+            seen.engines.append(engine)
+            return TILES[name] if engine == "wgmma" else select(engine, sizes)
+
+        def recorded(kernel, *arguments, **options):
+            seen.kernels.append(kernel)
+            launch(kernel, *arguments, **options)
+
+        monkeypatch.setattr("cumoe.gpu.stacks.select_config", forced)
+        monkeypatch.setattr("cumoe.gpu.stacks.launch", recorded)
+        return seen
+
+    return force_tile
+
+
+def check_chosen(seen, tile, dtype, order, kind, runs=1):
+    """Fail unless both projections, routed and shared together, ran on this tile and nothing else did."""
+    pairings = [pairing_of(kind, order), "single"] * runs
+    assert seen.engines == ["wgmma"] * len(pairings)
+    assert seen.kernels == [f"grouped_gemm_wgmma_{dtype}_{order}_{tile}_{pairing}" for pairing in pairings]
+
+
+def fill_pool_with_nan():
+    """Let CuPy's pool hand out memory that is NaN in every dtype, so that what nobody wrote shows."""
+    import cupy
+
+    cupy.full(64 << 20, 255, np.uint8)
+
+
+@each_tile
+@each_dtype
+@each_order
+@pytest.mark.parametrize("kind", ["silu", "relu2"])
+def test_ragged_rows(force, tile, dtype, order, kind):
+    """Paired and single weights, both projections, routed and shared experts, biases."""
+    seen = force(tile)
+    fill_pool_with_nan()
+    y = ragged_layer(dtype, order, kind).run(GPU)
+    assert_close(y, expected(dtype, kind), dtype, tile)
+    check_chosen(seen, tile, dtype, order, kind)
+
+
+@each_tile
+@each_order
+@pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "ungated_gelu", "gpt_oss", "interleaved", "clamped_after"])
+def test_activations_and_interleaved_pairs(force, tile, order, kind):
+    """Through the quick epilogue and the slow one; row-major interleaved pairs come as single rows."""
+    seen = force(tile)
+    y = ragged_layer("bfloat16", order, kind).run(GPU)
+    assert_close(y, expected("bfloat16", kind), "bfloat16", f"{tile} {kind}")
+    check_chosen(seen, tile, "bfloat16", order, kind)
+
+
+@each_tile
+@pytest.mark.parametrize("kind", ["silu", "gelu"])
+@pytest.mark.parametrize("weight_on", ["input", "activation", "output"])
+def test_weights_anywhere(force, tile, kind, weight_on):
+    """Factors of rows before the first bias, after the activation and after the second bias, in both epilogues."""
+    seen = force(tile)
+    y = ragged_layer("bfloat16", "inner_major", kind, COUNTS, weight_on).run(GPU)
+    assert_close(y, expected("bfloat16", kind, COUNTS, weight_on), "bfloat16", f"{tile} {weight_on}")
+    check_chosen(seen, tile, "bfloat16", "inner_major", kind)
+
+
+@each_tile
+@each_dtype
+@each_order
+def test_a_few_rows(force, tile, dtype, order):
+    """A block that has an SM for itself gets more stages."""
+    seen = force(tile)
+    y = ragged_layer(dtype, order, "silu", FEW).run(GPU)
+    assert_close(y, expected(dtype, "silu", FEW), dtype, tile)
+    check_chosen(seen, tile, dtype, order, "silu")
+
+
+@each_dtype
+@each_order
+@pytest.mark.parametrize("kind", ["silu", "relu2", "gpt_oss"])
+def test_every_tile_gives_the_same_bits(force, dtype, order, kind):
+    """The order of sums does not depend on the tile: dispatch, which comes first here, changes speed alone."""
+    layer = ragged_layer(dtype, order, kind)
+    own_choice, differing = layer.run(GPU).tobytes(), []
+    for tile in TILES:
+        seen = force(tile)
+        if layer.run(GPU).tobytes() != own_choice:
+            differing.append(tile)
+        check_chosen(seen, tile, dtype, order, kind)
+    assert differing == []
+
+
+@each_tile
+@each_order
+@pytest.mark.parametrize("shared_sizes", [(), (72,)])
+def test_nan_that_nobody_uses_stays_where_it_is(force, tile, order, shared_sizes):
+    """Experts without rows, and tokens without an expert: their own rows are what the shared expert makes of them."""
+    seen = force(tile)
+    layer = copied(ragged_layer("bfloat16", order, "silu", COUNTS, "output", shared_sizes))
+    unused = np.arange(len(layer.x)) % 5 == 0
+    layer.topk_ids[unused] = -1
+    clean = layer.run(GPU)
+    without_rows = np.bincount(layer.topk_ids[~unused, 0], minlength=len(COUNTS)) == 0
+    assert without_rows.any()
+    layer.x[unused] = np.nan
+    for name in ("w_gate_up", "w_down", "b_gate_up", "b_down"):
+        layer.experts[name][without_rows] = np.nan
+    fill_pool_with_nan()
+    spoiled = layer.run(GPU)
+    assert spoiled[~unused].tobytes() == clean[~unused].tobytes(), tile
+    own = spoiled[unused].astype(np.float32)
+    assert np.isnan(own).all() if shared_sizes else not own.any()
+    check_chosen(seen, tile, "bfloat16", order, "silu", runs=2)
+
+
+@each_tile
+def test_a_graph_gives_the_same_bits_at_every_replay(force, tile):
+    """Twenty replays of one capture; each counts its tiles from zero."""
+    import cupy
+
+    seen = force(tile)
+    layer = ragged_layer("bfloat16", "inner_major")
+    logits = np.full((len(layer.x), len(COUNTS)), -8, np.float32)
+    np.put_along_axis(logits, layer.topk_ids, 8, axis=1)
+    x, _, experts, shared = layer.build(GPU)
+    logits, poison = GPU.asarray(logits), GPU.asarray(np.full_like(layer.x, np.nan))
+    made = cumoe.MoE(cumoe.Router(top_k=1, renormalize=True), experts, shared)
+    cupy.cuda.Device().synchronize()
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        y = poison.copy()
+        made(x, logits, out=y)
+        wanted = GPU.asnumpy(y)
+        stream.synchronize()
+        stream.begin_capture()
+        made(x, logits, out=y)
+        graph = stream.end_capture()
+        for replay in range(20):
+            y[...] = poison
+            graph.launch(stream)
+            stream.synchronize()
+            assert GPU.asnumpy(y).tobytes() == wanted.tobytes(), (tile, replay)
+    ones = replace(layer, topk_weights=np.ones_like(layer.topk_weights))
+    assert_close(wanted, ones.run(GPU), "bfloat16", tile)
+    check_chosen(seen, tile, "bfloat16", "inner_major", "silu", runs=3)
+
+
+@each_tile
+def test_more_stacks_and_tiles_than_one_launch_takes(force, tile):
+    """The second launch of a projection has more tiles than blocks, and counts its own from zero."""
+    seen = force(tile)
+    layer = ragged_layer("bfloat16", "inner_major", "silu", COUNTS, "output", (136, 392) * 7)
+    fill_pool_with_nan()
+    y = layer.run(GPU)
+    few = slice(3, None, 100)  # the rows whose definition is computed
+    some = replace(layer, x=layer.x[few], topk_ids=layer.topk_ids[few], topk_weights=layer.topk_weights[few])
+    assert y.dtype == DTYPES["bfloat16"]
+    assert_close(y[few], some.expected(), "bfloat16", tile)
+    assert seen.engines == ["wgmma"] * 4
