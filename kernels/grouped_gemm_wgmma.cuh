@@ -26,73 +26,21 @@
 //
 // The sum over the inner dimension runs in the same order whatever the tile, so a row has the same bits in every batch.
 #pragma once
-#include "epilogue.cuh"
+#include "finish_sm90.cuh"
 #include "overlap.cuh"
-#include "scheduler.cuh"
 #include "wgmma.cuh"
-
-enum WeightOrder { INNER_MAJOR = 0, ROW_MAJOR = 1 };
-
-struct WgmmaLaunch {
-  TensorMap w_maps[MAX_STACKS];  // (expert, half, row, inner), or (expert, half, inner, row) where rows are contiguous
-  TensorMap a_maps[MAX_STACKS][2];  // (1, 1, row, inner), boxes of 64 and of 16 rows
-  GemmLaunch gemm;
-  int* next_position;  // how many tiles beyond the first of each block are taken, zero at the beginning; or null
-  int num_stages;
-  int weights_first;  // 1: tiles follow from what is older than the previous kernel, so that weights may come before its end
-};
-static_assert(sizeof(WgmmaLaunch) == 4416, "cumoe/gpu/stacks.py packs 2368 bytes");
 
 namespace hopper {
 
-constexpr int BLOCK_K = 64, ROW_BYTES = BLOCK_K * 2, RUN = 64, RUN_BYTES = RUN * ROW_BYTES;
-constexpr int SLAB_PITCH = RUN + 4;  // floats; the pad spreads the rows of four lanes over all banks
-constexpr int PRODUCERS = 128, WARPGROUP = 128, RING = 2, MAX_STAGES = 10;
-constexpr int BAND = 4;  // weight blocks that are walked together over all row blocks of an expert
-
-__device__ constexpr int max_of(int a, int b) { return a > b ? a : b; }
-
-// cumoe/gpu/config.py has the same numbers.
-template <int ROWS, int CONSUMER_GROUPS, int BLOCKS> struct TileShape {
-  static constexpr int MAX_ROWS = ROWS, CONSUMERS = CONSUMER_GROUPS, BLOCKS_PER_SM = BLOCKS;
-};
-
-// An expert's rows are cut into even runs, multiples of 8 rows.
-template <int MAX_ROWS, int HALF_ROWS> struct Tiling {
-  __device__ __forceinline__ static int weight_blocks(const ExpertStack& stack) {
-    return ceil_div(stack.weight_rows, 2 * HALF_ROWS);
-  }
-  __device__ __forceinline__ static int tiles(const ExpertStack& stack, int num_rows) {
-    return ceil_div(num_rows, MAX_ROWS) * weight_blocks(stack);
-  }
-};
-
-// Whether rows are found through the permutation; else they are neighbours, and TMA brings them.
-__device__ __forceinline__ bool gathers(const ExpertStack& stack) {
-  return stack.slots_per_a_row > 0 && stack.permutation;
-}
-
-struct TileInfo {
-  int stack_idx, expert, row_begin, num_rows;  // num_rows = 0: there is no further tile
-  int weight_block, k_blocks;
-};
-
-template <int MAX_ROWS> struct alignas(16) RingPlace {  // rows of float2 are read from it
-  float scale_in[MAX_ROWS], scale_out[MAX_ROWS];
-  uint32 offsets[MAX_ROWS];  // where the rows of A begin, in units of 16 bytes
-  TileInfo tile;
-};
-
 template <typename T, typename Shape, WeightOrder ORDER, bool PAIRED> struct GroupedGemm {
-  static constexpr int MAX_ROWS = Shape::MAX_ROWS, CONSUMERS = Shape::CONSUMERS, THREADS = PRODUCERS + CONSUMERS * WARPGROUP;
-  static constexpr int HALF_ROWS = CONSUMERS * RUN, HALF_BYTES = HALF_ROWS * ROW_BYTES;
+  static constexpr int MAX_ROWS = Shape::MAX_ROWS, CONSUMERS = Shape::CONSUMERS, HALF_ROWS = Shape::HALF_ROWS;
+  static constexpr int THREADS = PRODUCERS + CONSUMERS * WARPGROUP, HALF_BYTES = HALF_ROWS * ROW_BYTES;
   static constexpr int A_BYTES = MAX_ROWS * ROW_BYTES, W_BYTES = 2 * HALF_BYTES, STAGE_BYTES = W_BYTES + A_BYTES;
-  static constexpr int SLAB_BYTES = max_of(MAX_ROWS * RUN * 2, 2 * 16 * SLAB_PITCH * 4);
   static constexpr int CONSUMER_WARPS = CONSUMERS * WARPGROUP / WARP;
-  static constexpr int ACCUMULATORS = MAX_ROWS / 2;
-  using Tiles = Tiling<MAX_ROWS, HALF_ROWS>;
-  using Schedule = Scheduler<Tiles, int, THREADS>;
+  using Schedule = Scheduler<Tiling<Shape>, int, THREADS>;
   using Place = RingPlace<MAX_ROWS>;
+  using Epilogue = Finish<T, Shape, PAIRED>;
+  using Accumulators = typename Epilogue::Accumulators;
 
   struct Barriers { uint64 full[MAX_STAGES], empty[MAX_STAGES], told[RING], read[RING]; };
 
@@ -115,21 +63,13 @@ template <typename T, typename Shape, WeightOrder ORDER, bool PAIRED> struct Gro
 
   __device__ __forceinline__ TileInfo tile_info(int tile) const {
     Group group = schedule.find(tile);
-    const ExpertStack& stack = launch.gemm.stacks[group.stack_idx];
-    int weight_blocks = Tiles::weight_blocks(stack), row_blocks = ceil_div(group.num_rows, MAX_ROWS);
-    int band = group.tile / (BAND * row_blocks), in_band = group.tile % (BAND * row_blocks);
-    int width = min(BAND, weight_blocks - band * BAND);
-    int first = (ceil_div(group.num_rows, row_blocks) + 7) / 8 * 8 * (in_band / width);
-    int last = min((ceil_div(group.num_rows, row_blocks) + 7) / 8 * 8 * (in_band / width + 1), group.num_rows);
-    return {group.stack_idx, group.expert, group.row_begin + first, last - first, band * BAND + in_band % width,
-            ceil_div(stack.inner, BLOCK_K)};
+    return Tiling<Shape>::tile(group, launch.gemm.stacks[group.stack_idx]);
   }
 
   // --- producers -----------------------------------------------------------------------------------------------------
 
   __device__ __forceinline__ void bring_operands() {
-    Cursor stage;
-    Cursor place;
+    Cursor stage, place;
     int position = blockIdx.x;
     bool first_tile = true;
     for (;; place.advance(RING)) {
@@ -157,6 +97,8 @@ template <typename T, typename Shape, WeightOrder ORDER, bool PAIRED> struct Gro
       else load_rows(now, ahead, stage);
     }
     barrier_arrive(told(place.at));
+    // A grid without tiles must not end before the previous kernel either: the next one counts on both.
+    if (first_tile && launch.weights_first) wait_for_previous_kernel();
   }
 
   // The next tile that has rows, from `position` on.
@@ -258,8 +200,6 @@ template <typename T, typename Shape, WeightOrder ORDER, bool PAIRED> struct Gro
 
   // --- consumers -----------------------------------------------------------------------------------------------------
 
-  using Accumulators = float[2][ACCUMULATORS];
-
   // acc <- the products of this consumer's two runs of weight rows with N token rows.
   template <int N>
   __device__ __forceinline__ void multiply(int consumer, int k_blocks, Cursor& stage, Accumulators& acc) {
@@ -285,8 +225,7 @@ template <typename T, typename Shape, WeightOrder ORDER, bool PAIRED> struct Gro
   }
 
   __device__ __forceinline__ void multiply_and_finish(int consumer) {
-    Cursor stage;
-    Cursor place;
+    Cursor stage, place;
     Accumulators acc;
     for (;;) {
       barrier_wait(told(place.at), place.parity);
@@ -319,197 +258,13 @@ template <typename T, typename Shape, WeightOrder ORDER, bool PAIRED> struct Gro
         case 23: multiply<184>(consumer, k_blocks, stage, acc); break;
         default: multiply<192>(consumer, k_blocks, stage, acc);
       }
-      Finish finish{launch.gemm.stacks[tile.stack_idx], ring[place.at], num_rows, consumer,
-                    smem + launch.num_stages * STAGE_BYTES + consumer * SLAB_BYTES};
-      finish.store(acc);
+      Epilogue epilogue{launch.gemm.stacks[tile.stack_idx], ring[place.at], num_rows, consumer,
+                        smem + launch.num_stages * STAGE_BYTES + consumer * Epilogue::SLAB_BYTES};
+      epilogue.store(acc);
       if (threadIdx.x % WARP == 0) barrier_arrive(read(place.at));
       place.advance(RING);
     }
   }
-
-  // From accumulators to stored results, 16 rows at a time. A lane holds, of each half and of every 16 rows, eight
-  // results v[q]: row 8 (q / 4) + 2 (lane % 4) + q % 2, weight row 16 warp + lane / 4 + 8 (q / 2 % 2) of the run.
-  struct Finish {
-    const ExpertStack& stack;
-    const Place& place;
-    int num_rows, consumer;
-    uint32 slab;
-
-    // RAMP: identity, relu, relu2 of single rows. SIGMOIDAL: silu and gelu_tanh of pairs. Both in registers; whatever else
-    // there is takes the detour of store_any.
-    enum Kind { RAMP, SIGMOIDAL, ANY };
-
-    __device__ __forceinline__ Kind kind() const {
-      const Activation& act = stack.activation;
-      if (PAIRED) return act.name == SILU || act.name == GELU_TANH ? SIGMOIDAL : ANY;
-      bool ramp = act.name == IDENTITY || act.name == RELU || act.name == RELU2;
-      return ramp && act.clamp == CLAMP_NONE && stack.pairing == PAIR_NONE ? RAMP : ANY;
-    }
-
-    // g * sigmoid(g * (c1 + c3 * g^2)), with log2(e) in the constants: silu, and gelu_tanh since (1 + tanh(z)) / 2 =
-    // sigmoid(2 z).
-    struct Sigmoidal { float c1, c3; };
-    __device__ __forceinline__ static Sigmoidal sigmoidal(const Activation& act) {
-      constexpr float LOG2_E = 1.4426950408889634f, TWICE_ROOT = 2.0f * 0.79788456080286536f;
-      return act.name == SILU ? Sigmoidal{act.alpha * LOG2_E, 0.0f}
-                              : Sigmoidal{TWICE_ROOT * LOG2_E, TWICE_ROOT * 0.044715f * LOG2_E};
-    }
-
-    __device__ __forceinline__ void scale(float (&v)[8], const float* factors, int row) const {
-      float2 low = *reinterpret_cast<const float2*>(factors + row), high = *reinterpret_cast<const float2*>(factors + row + 8);
-      v[0] *= low.x, v[1] *= low.y, v[2] *= low.x, v[3] *= low.y;
-      v[4] *= high.x, v[5] *= high.y, v[6] *= high.x, v[7] *= high.y;
-    }
-    __device__ __forceinline__ static void add_bias(float (&v)[8], const float (&bias)[2]) {
-#pragma unroll
-      for (int q = 0; q < 8; ++q) v[q] += bias[q / 2 % 2];
-    }
-
-    __device__ __forceinline__ void gate(float (&v)[8], float (&up)[8], const Sigmoidal& sigmoid) const {
-      const Activation& act = stack.activation;
-      if (act.clamp != CLAMP_NONE) {
-#pragma unroll
-        for (int q = 0; q < 8; ++q) {
-          up[q] = at_least(at_most(up[q], act.limit), -act.limit);
-          if (act.clamp == CLAMP_BEFORE) v[q] = at_most(v[q], act.limit);
-        }
-      }
-#pragma unroll
-      for (int q = 0; q < 8; ++q) {
-        float z = v[q] * fmaf(sigmoid.c3 * v[q], v[q], sigmoid.c1), e;
-        asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(-z));
-        v[q] = __fdividef(v[q], 1.0f + e);
-        if (act.clamp == CLAMP_AFTER) v[q] = at_most(v[q], act.limit);
-        v[q] *= up[q] + act.up_offset;
-      }
-    }
-    __device__ __forceinline__ void ramp(float (&v)[8]) const {
-      if (stack.activation.name == IDENTITY) return;
-#pragma unroll
-      for (int q = 0; q < 8; ++q) {
-        float positive = at_least(v[q], 0.0f);
-        v[q] = stack.activation.name == RELU ? positive : positive * positive;
-      }
-    }
-
-    // The biases of this lane's two weight rows of a half, whose features begin at `feature`.
-    __device__ __forceinline__ void load_bias(float (&bias)[2], int feature, int half) const {
-      int lane = threadIdx.x % WARP, warp = threadIdx.x % WARPGROUP / WARP;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        int f = feature + 16 * warp + lane / 4 + 8 * i;
-        int row = !PAIRED ? f : stack.pairing == PAIR_STACKED ? f + half * features(stack) : 2 * f + half;
-        bias[i] = stack.bias && f < features(stack) ? stack.bias[(int64)place.tile.expert * stack.weight_rows + row] : 0.0f;
-      }
-    }
-
-    __device__ __forceinline__ void to_slab(const float (&first)[ACCUMULATORS], const float (&second)[ACCUMULATORS],
-                                            int feature) const {
-      int lane = threadIdx.x % WARP, warp = threadIdx.x % WARPGROUP / WARP;
-      float bias[2], up_bias[2];
-      load_bias(bias, feature, 0);
-      if (PAIRED) load_bias(up_bias, feature, 1);
-      Sigmoidal sigmoid = sigmoidal(stack.activation);
-      int slab_row = lane % 8 + lane / 16 * 8, slab_chunk = warp * 2 + lane / 8 % 2;
-      uint32 address = slab + slab_row * 128 + ((slab_chunk ^ (lane & 7)) << 4);
-#pragma unroll
-      for (int j = 0; j < MAX_ROWS / 16; ++j) {
-        if (j * 16 < num_rows) {
-          int row = 16 * j + 2 * (lane % 4);
-          float v[8], up[8];
-#pragma unroll
-          for (int q = 0; q < 8; ++q) v[q] = first[8 * j + q], up[q] = second[8 * j + q];
-          if (stack.scale_in) {
-            scale(v, place.scale_in, row);
-            if (PAIRED) scale(up, place.scale_in, row);
-          }
-          if (stack.bias) {
-            add_bias(v, bias);
-            if (PAIRED) add_bias(up, up_bias);
-          }
-          if (PAIRED) gate(v, up, sigmoid);
-          else ramp(v);
-          if (stack.scale_out) scale(v, place.scale_out, row);
-          uint32 packed[4];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) packed[i] = pack_two(T(), v[2 * i], v[2 * i + 1]);
-          store_matrix_x4_transposed(address + j * 16 * 128, packed);
-        }
-      }
-    }
-
-    // Whole 128-byte rows of 64 features, eight lanes a row.
-    __device__ __forceinline__ void store_slab(int feature) const {
-      int thread = threadIdx.x % WARPGROUP, chunk = thread % 8, row = thread / 8;
-      bool exists = feature + chunk * 8 < features(stack);
-      T* c = result<T>(stack, place.tile.row_begin, feature + chunk * 8);
-      uint32 address = slab + row * 128 + ((chunk ^ (row & 7)) << 4);
-      for (; row < num_rows; row += 16, address += 16 * 128)
-        if (exists) *reinterpret_cast<uint4*>(c + row * stack.c_row_stride) = load_shared_16(address);
-    }
-
-    __device__ __forceinline__ void sync_consumer() const {
-      if (CONSUMERS == 1 || consumer == 0) sync_some<2, WARPGROUP>();
-      else sync_some<3, WARPGROUP>();
-    }
-
-    __device__ __forceinline__ void store_half(const float (&first)[ACCUMULATORS], const float (&second)[ACCUMULATORS],
-                                               int feature) const {
-      to_slab(first, second, feature);
-      sync_consumer();
-      store_slab(feature);
-      sync_consumer();
-    }
-
-    // Everything that has no way of its own, slower but in a tenth of the code: 16 rows of accumulators at a time go to the
-    // slab as they are, and a thread finishes one result after the other. `weight_row` is that of the first accumulator;
-    // an interleaved pair that came in single rows lies in neighbouring columns.
-    __device__ __forceinline__ void store_any(const float (&first)[ACCUMULATORS], const float (&second)[ACCUMULATORS],
-                                              int weight_row) const {
-      int lane = threadIdx.x % WARP, warp = threadIdx.x % WARPGROUP / WARP, thread = threadIdx.x % WARPGROUP;
-      bool neighbours = !PAIRED && stack.pairing == PAIR_INTERLEAVED;
-      int columns = neighbours ? RUN / 2 : RUN, column = thread % columns, step = neighbours ? 2 : 1;
-      int feature = weight_row / step + column;
-      float* rows = reinterpret_cast<float*>(__cvta_shared_to_generic(slab));  // (halves, 16, SLAB_PITCH)
-#pragma unroll
-      for (int j = 0; j < MAX_ROWS / 16; ++j) {
-        if (j * 16 < num_rows) {
-#pragma unroll
-          for (int q = 0; q < 8; ++q) {
-            int at = (8 * (q / 4) + 2 * (lane % 4) + q % 2) * SLAB_PITCH + 16 * warp + lane / 4 + 8 * (q / 2 % 2);
-            rows[at] = first[8 * j + q];
-            if (PAIRED) rows[16 * SLAB_PITCH + at] = second[8 * j + q];
-          }
-          sync_consumer();
-#pragma unroll 1
-          for (int i = thread / columns; i < min(16, num_rows - 16 * j) && feature < features(stack); i += WARPGROUP / columns) {
-            const float* at = rows + i * SLAB_PITCH + column * step;
-            float v[1] = {at[0]}, up[1] = {PAIRED ? at[16 * SLAB_PITCH] : at[step - 1]};
-            RowScales scales[1] = {{place.scale_in[16 * j + i], place.scale_out[16 * j + i]}};
-            finish(stack, place.tile.expert, feature, v, up, scales);
-            *result<T>(stack, place.tile.row_begin + 16 * j + i, feature) = from_float<T>(v[0]);
-          }
-          sync_consumer();
-        }
-      }
-    }
-
-    __device__ __forceinline__ void store(const Accumulators& acc) const {
-      int run = consumer * RUN;
-      if (PAIRED) {
-        int feature = place.tile.weight_block * HALF_ROWS + run;
-        if (kind() == ANY) store_any(acc[0], acc[1], feature);
-        else store_half(acc[0], acc[1], feature);
-      } else {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          int weight_row = (2 * place.tile.weight_block + half) * HALF_ROWS + run;
-          if (kind() == ANY) store_any(acc[half], acc[half], weight_row);
-          else store_half(acc[half], acc[half], weight_row);
-        }
-      }
-    }
-  };
 };
 
 template <typename T, typename Shape, WeightOrder ORDER, bool PAIRED>
@@ -520,7 +275,7 @@ __device__ __forceinline__ void grouped_gemm(const WgmmaLaunch& launch) {
   __shared__ typename Gemm::Place ring[RING];
   uint32 stages = (shared_address(dynamic_smem) + 1023) & ~1023u;
   unsigned char* after = dynamic_smem + (stages - shared_address(dynamic_smem)) + launch.num_stages * Gemm::STAGE_BYTES +
-                         Gemm::CONSUMERS * Gemm::SLAB_BYTES;
+                         Gemm::CONSUMERS * Gemm::Epilogue::SLAB_BYTES;
   if (threadIdx.x == 0) {
     for (int i = 0; i < launch.num_stages; ++i) {
       barrier_init(shared_address(&barriers.full[i]), 1 + PRODUCERS);
@@ -559,14 +314,8 @@ __device__ __forceinline__ void grouped_gemm(const WgmmaLaunch& launch) {
   GROUPED_GEMM_WGMMA(NAME##_paired, T, SHAPE, ORDER, true) \
   GROUPED_GEMM_WGMMA(NAME##_single, T, SHAPE, ORDER, false)
 
-// Rows x weight rows of a tile.
-using Shape32x128 = hopper::TileShape<32, 1, 2>;
-using Shape64x256 = hopper::TileShape<64, 2, 1>;
-using Shape112x256 = hopper::TileShape<112, 2, 1>;
-using Shape192x256 = hopper::TileShape<192, 2, 1>;
-
 #define GROUPED_GEMM_WGMMA_ALL(NAME, T, ORDER)                     \
-  GROUPED_GEMM_WGMMA_PAIR(NAME##_32x128, T, Shape32x128, ORDER)    \
-  GROUPED_GEMM_WGMMA_PAIR(NAME##_64x256, T, Shape64x256, ORDER)    \
-  GROUPED_GEMM_WGMMA_PAIR(NAME##_112x256, T, Shape112x256, ORDER)  \
-  GROUPED_GEMM_WGMMA_PAIR(NAME##_192x256, T, Shape192x256, ORDER)
+  GROUPED_GEMM_WGMMA_PAIR(NAME##_32x128, T, hopper::Shape32x128, ORDER)    \
+  GROUPED_GEMM_WGMMA_PAIR(NAME##_64x256, T, hopper::Shape64x256, ORDER)    \
+  GROUPED_GEMM_WGMMA_PAIR(NAME##_112x256, T, hopper::Shape112x256, ORDER)  \
+  GROUPED_GEMM_WGMMA_PAIR(NAME##_192x256, T, hopper::Shape192x256, ORDER)

@@ -26,7 +26,8 @@ STACK = Struct(
     int32_2=("padding",),
 )
 LAUNCH_BYTES = STACK.itemsize * MAX_STACKS + 8
-WGMMA_LAUNCH_BYTES = -(-(3 * MAP_BYTES * MAX_STACKS + LAUNCH_BYTES) // 64) * 64
+WGMMA_TAIL = struct.Struct("=Q2i")  # next_position, num_stages, weights_first
+WGMMA_LAUNCH_BYTES = -(-(3 * MAP_BYTES * MAX_STACKS + LAUNCH_BYTES + WGMMA_TAIL.size) // 64) * 64
 
 LINEAR = Activation("identity")
 SMALLEST_WGMMA_TILE = next(config for config in CONFIGS if config.engine == "wgmma")
@@ -157,8 +158,9 @@ def run(stacks: Iterable[ExpertStack], *, weights_first: bool = False, next_posi
     for stack in stacks:
         if stack.num_rows > 0:
             launches.setdefault(stack.kernel, []).append(stack)
-    # Only one launch can count its tiles there.
-    counter = next_position.data.ptr if next_position is not None and len(launches) == 1 else None
+    # Only one launch can count its tiles there: the next one would not find it at zero.
+    alone = len(launches) == 1 and all(len(members) <= MAX_STACKS for members in launches.values())
+    counter = next_position.data.ptr if next_position is not None and alone else None
     for (engine, *variant), members in launches.items():
         for first in range(0, len(members), MAX_STACKS):
             _launch(engine, variant, members[first : first + MAX_STACKS], weights_first, counter)
@@ -178,7 +180,7 @@ def _launch(
         dtype, order, pairing = variant
         name = f"grouped_gemm_wgmma_{dtype}_{order}_{config.block_m}x{2 * config.half}_{pairing}"
         packed = _maps(stacks, order, config) + packed
-        packed += struct.pack("=Q2i", next_position or 0, config.stages, weights_first)
+        packed += WGMMA_TAIL.pack(next_position or 0, config.stages, weights_first)
         packed = packed.ljust(WGMMA_LAUNCH_BYTES, b"\0")
     elif engine == "mma":
         dtype, order, _ = variant
@@ -187,7 +189,10 @@ def _launch(
         name = f"grouped_gemm_simt_{variant[0]}"
     grid = grid_size(config, sizes, num_sms)
     shared_bytes = config.shared_bytes(sum(size.num_experts for size in sizes))
-    launch(name, grid, config.threads, by_value(packed), shared_bytes, overlap=engine == "wgmma")
+    # A small grid waits for the end of the previous kernel: it would crowd on the first SMs that fall free, and two
+    # share a path to memory; else it spreads over all pairs (Mixtral-8x7B, 1 token: 220 against 244 us).
+    overlap = engine == "wgmma" and grid > num_sms // 2
+    launch(name, grid, config.threads, by_value(packed), shared_bytes, overlap=overlap)
 
 
 def _maps(stacks: list[ExpertStack], order: str, config: TileConfig) -> bytes:

@@ -78,16 +78,18 @@ def moe(
 
     Notes
     -----
-    Accumulation, factors and combine are float32, the result is rounded once. The hidden row between the projections
-    is float32 on the CPU; on a GPU it has the dtype of `x` where tensor cores read it (hidden_size of 64 or more,
-    arrays aligned to 16 bytes), else it is float32 too. Same bits on every run; on a GPU also for every batch around a
-    row.
+    Accumulation, factors and combine are float32. The hidden row between the projections is float32 on the CPU; on a
+    GPU it has the dtype of `x` where tensor cores read it (hidden_size of 64 or more, arrays aligned to 16 bytes), else
+    it is float32 too. The rows that the combine adds up are float32; where the Hopper kernels write them, and
+    intermediate_size and hidden_size are multiples of 8, they have the dtype of `x`. Same bits on every run; on a GPU
+    also for every batch around a row.
 
     Memory beyond inputs and output, on a GPU: num_tokens * (top_k * I + sum_s I_s) numbers of hidden rows,
-    num_tokens * (top_k + num_shared) * hidden_size float32 numbers of result rows, and 2 * num_tokens * top_k int32; no
-    copy of a token. They come from CuPy's pool; inside a graph capture use `MoE`, which keeps them. Four launches up to
-    4096 slots, five above, one more for each gated shared expert and where arrays differ in alignment; no host
-    synchronisation.
+    num_tokens * (top_k + num_shared) * hidden_size numbers of result rows, and 2 * num_tokens * top_k int32; no copy of
+    a token. They come from CuPy's pool; inside a graph capture use `MoE`, which keeps them. Four launches up to 4096
+    slots, five above, one more for each gated shared expert and where arrays differ in alignment; no host
+    synchronisation. On sm_90 and later a kernel may begin before the one ahead of it on the stream has ended; it waits
+    for its results by itself.
     """
     experts, members = check_weights(experts, shared, weight_on)
     tokens, kind = admit_tokens(x, experts)
