@@ -2,6 +2,7 @@
 
 import json
 import math
+import mmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ DTYPES = {
     "I16": np.dtype(np.int16), "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8),
 }  # fmt: skip
 """Names of dtypes in a safetensors header; files may hold others, which no array of a layer is made of."""
+
+PIECE_BYTES = 8 << 20
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -73,7 +76,7 @@ class Files:
             raise FileNotFoundError(refuse("path", "the folder of a checkpoint", str(folder)))
         self.folder = folder
         self._headers: dict[Path, dict[str, Tensor]] = {}
-        self._maps: dict[Path, np.ndarray] = {}
+        self._maps: dict[Path, mmap.mmap] = {}
         self._file_of = {name: folder / file for name, file in self._index().items()}
 
     def _index(self) -> dict[str, str]:
@@ -117,11 +120,30 @@ class Files:
 
     def view(self, tensor: Tensor) -> np.ndarray:
         """Return the tensor as a read-only array on the mapped file: its bytes are read when they are looked at."""
-        if tensor.file not in self._maps:
-            self._maps[tensor.file] = np.memmap(tensor.file, np.uint8, mode="r").view(np.ndarray)
-        data = self._maps[tensor.file][tensor.begin : tensor.begin + tensor.num_bytes]
         assert tensor.dtype is not None
+        data = np.frombuffer(self._map(tensor.file), np.uint8, tensor.num_bytes, tensor.begin)
         return data.view(tensor.dtype).reshape(tensor.shape)
+
+    def fetch(self, tensor: Tensor) -> None:
+        """Read the tensor into the system's cache, in large pieces: page by page, at the first look, is slower."""
+        piece = bytearray(min(PIECE_BYTES, tensor.num_bytes))
+        with tensor.file.open("rb", buffering=0) as stream:
+            stream.seek(tensor.begin)
+            left = tensor.num_bytes
+            while left > 0 and (got := stream.readinto(memoryview(piece)[:left])):
+                left -= got
+
+    def release(self, tensor: Tensor) -> None:
+        """Say that the tensor has been used: its pages count no longer as memory of this process."""
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on every system
+            begin = tensor.begin // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map(tensor.file).madvise(mmap.MADV_DONTNEED, begin, tensor.begin + tensor.num_bytes - begin)
+
+    def _map(self, file: Path) -> mmap.mmap:
+        if file not in self._maps:
+            with file.open("rb") as stream:
+                self._maps[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._maps[file]
 
     def _header(self, file: Path) -> dict[str, Tensor]:
         if file not in self._headers:

@@ -1,16 +1,20 @@
 """Filling the arrays of a layer: every byte goes once from the mapped files to where it is computed with."""
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from cumoe.checkpoint.files import Files
+from cumoe.checkpoint.files import Files, Tensor
 from cumoe.checkpoint.projections import Copy, Plan
 from cumoe.door.arrays import cupy
 
 Progress = Literal["bar", "none"]
+
+AHEAD_BYTES = 256 << 20
+"""How much is asked of the disk before it is needed."""
 
 
 class Bar(Protocol):
@@ -51,7 +55,7 @@ def read(
         arrays[name] = plan.viewed(array)
     jobs.sort(key=lambda job: (job[0].tensor.file, job[0].tensor.begin))  # stable: runs of a tensor stay in order
     with _bar(sum(array[copy.target].nbytes for copy, array in jobs), progress) as bar:
-        for copy, array in jobs:
+        for copy, array in _read_ahead(files, jobs):
             source = files.view(copy.tensor)[copy.source]
             target = array[copy.target]
             source = source.astype(array.dtype, copy=False).reshape(target.shape)
@@ -61,6 +65,25 @@ def read(
                 target[...] = source
             bar.update(target.nbytes)
     return arrays
+
+
+def _read_ahead(files: Files, jobs: list[tuple[Copy, Any]]) -> Iterator[tuple[Copy, Any]]:
+    """Yield the jobs, while a thread fetches the tensors of the next ones; a tensor is released after its last job."""
+    last = {copy.tensor: number for number, (copy, _) in enumerate(jobs)}
+    tensors = list(last)  # in the order of their first jobs
+    fetched: dict[Tensor, Future[None]] = {}
+    ahead = 0
+    with ThreadPoolExecutor(1) as pool:
+        for number, (copy, array) in enumerate(jobs):
+            while len(fetched) < len(tensors) and (ahead < AHEAD_BYTES or copy.tensor not in fetched):
+                tensor = tensors[len(fetched)]
+                fetched[tensor] = pool.submit(files.fetch, tensor)
+                ahead += tensor.num_bytes
+            fetched[copy.tensor].result()
+            yield copy, array
+            if last[copy.tensor] == number:
+                files.release(copy.tensor)
+                ahead -= copy.tensor.num_bytes
 
 
 class _NoBar:
