@@ -313,9 +313,3 @@ __device__ __forceinline__ void grouped_gemm(const WgmmaLaunch& launch) {
 #define GROUPED_GEMM_WGMMA_PAIR(NAME, T, SHAPE, ORDER)    \
   GROUPED_GEMM_WGMMA(NAME##_paired, T, SHAPE, ORDER, true) \
   GROUPED_GEMM_WGMMA(NAME##_single, T, SHAPE, ORDER, false)
-
-#define GROUPED_GEMM_WGMMA_ALL(NAME, T, ORDER)                     \
-  GROUPED_GEMM_WGMMA_PAIR(NAME##_32x128, T, hopper::Shape32x128, ORDER)    \
-  GROUPED_GEMM_WGMMA_PAIR(NAME##_64x256, T, hopper::Shape64x256, ORDER)    \
-  GROUPED_GEMM_WGMMA_PAIR(NAME##_112x256, T, hopper::Shape112x256, ORDER)  \
-  GROUPED_GEMM_WGMMA_PAIR(NAME##_192x256, T, hopper::Shape192x256, ORDER)

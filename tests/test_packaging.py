@@ -13,7 +13,7 @@ from cumoe.gpu.compile import KERNEL_UNIT
 from cumoe.gpu.tensor_map import MAP_BYTES
 
 ROOT = Path(__file__).resolve().parent.parent
-UNITS = sources.UNITS + sources.WGMMA_UNITS
+UNITS = sources.UNITS + tuple(sources.WGMMA_UNITS)
 CUDA = {path.name: path.read_text(encoding="utf-8") for path in sorted(sources.kernels_directory().glob("*.cu*"))}
 SMALLEST_SHARED_BYTES = 101_376  # what one block may have on sm_86, sm_89 and sm_120
 HOPPER_SHARED_BYTES = 232_448  # the same on sm_90, static shared memory included
@@ -63,8 +63,9 @@ def number(name):
 
 
 def test_the_sources_are_found():
-    """In the checkout or in the installed package; every .cu file is a unit."""
-    assert {f"{unit}.cu" for unit in UNITS} == {name for name in CUDA if name.endswith(".cu")}
+    """In the checkout or in the installed package; every .cu file is a unit, or the one of all Hopper units."""
+    files = {f"{unit}.cu" for unit in (*sources.UNITS, "grouped_gemm_wgmma")}
+    assert files == {name for name in CUDA if name.endswith(".cu")}
 
 
 def test_struct_sizes_are_those_that_python_packs():
@@ -106,24 +107,30 @@ def test_every_kernel_has_a_unit_and_every_unit_kernels():
         assert prefix in sources.unit_source(unit)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("order", ["inner_major", "row_major"])
-def test_every_name_that_the_hopper_dispatch_can_form_is_a_kernel(dtype, order):
-    """The macros of a unit, expanded by hand, give these names and no other."""
-    unit = f"grouped_gemm_wgmma_{dtype}_{order}"
-    text = sources.unit_source(unit)
-    ((prefix, arithmetic, cuda_order),) = re.findall(r"^GROUPED_GEMM_WGMMA_ALL\((\w+), (\w+), (\w+)\)", text, re.M)
-    tiles = re.findall(r"GROUPED_GEMM_WGMMA_PAIR\(NAME##_(\w+), T, (?:hopper::)?Shape(\w+), ORDER\)", text)
-    pairings = re.findall(r"GROUPED_GEMM_WGMMA\(NAME##_(\w+), T, SHAPE, ORDER, (\w+)\)", text)
-    assert (arithmetic, cuda_order) == ({"bfloat16": "bf16", "float16": "fp16"}[dtype], order.upper())
-    assert all(suffix == shape for suffix, shape in tiles)
-    assert dict(pairings) == {"paired": "true", "single": "false"}
-    defined = [f"{prefix}_{tile}_{pairing}" for tile, _ in tiles for pairing, _ in pairings]
-    named = [
-        f"{unit}_{tile.block_m}x{2 * tile.half}_{pairing}" for tile in WGMMA_TILES for pairing in ("paired", "single")
-    ]
-    assert sorted(defined) == sorted(named)
-    for name in named:
+def test_every_name_that_the_hopper_dispatch_can_form_is_a_kernel():
+    """The macros of all units, expanded by hand, give these names and no other."""
+    defined = {}
+    for unit in sources.WGMMA_UNITS:
+        text = sources.unit_source(unit)
+        values = dict(re.findall(r"^#define UNIT_(\w+) (\S+)$", text, re.M))
+        pairings = re.findall(r"GROUPED_GEMM_WGMMA\(NAME##_(\w+), T, SHAPE, ORDER, (\w+)\)", text)
+        assert dict(pairings) == {"paired": "true", "single": "false"}
+        for pairing, _ in pairings:
+            defined[f"{values['NAME']}_{pairing}"] = (values["TYPE"], values["ORDER"], values["SHAPE"], unit)
+    named = {
+        f"grouped_gemm_wgmma_{dtype}_{order}_{tile.block_m}x{2 * tile.half}_{pairing}": (
+            {"bfloat16": "bf16", "float16": "fp16"}[dtype],
+            order.upper(),
+            f"hopper::Shape{tile.block_m}x{2 * tile.half}",
+            f"grouped_gemm_wgmma_{dtype}_{order}_{tile.block_m}x{2 * tile.half}",
+        )
+        for dtype in ("bfloat16", "float16")
+        for order in ("inner_major", "row_major")
+        for tile in WGMMA_TILES
+        for pairing in ("paired", "single")
+    }
+    assert defined == named
+    for name, (*_, unit) in named.items():
         assert {of for start, of in KERNEL_UNIT.items() if name.startswith(start + "_")} == {unit}
 
 

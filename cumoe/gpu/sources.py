@@ -18,10 +18,16 @@ UNITS = (
 )
 """Translation units for every GPU; the quickest to compile comes first."""
 
-WGMMA_UNITS = tuple(
-    f"grouped_gemm_wgmma_{dtype}_{order}" for dtype in ("bfloat16", "float16") for order in ("inner_major", "row_major")
-)
-"""Translation units for Hopper alone."""
+WGMMA_TYPES = {"bfloat16": "bf16", "float16": "fp16"}
+WGMMA_ORDERS = ("inner_major", "row_major")
+WGMMA_SHAPES = ("32x128", "64x256", "112x256", "192x256")
+WGMMA_UNITS = {
+    f"grouped_gemm_wgmma_{dtype}_{order}_{shape}": (dtype, order, shape)
+    for shape in reversed(WGMMA_SHAPES)
+    for dtype in WGMMA_TYPES
+    for order in WGMMA_ORDERS
+}
+"""Translation units for Hopper alone, the slowest to compile first: one source, compiled once for each of them."""
 
 WGMMA_OPTIONS = ("-arch=sm_90a", *OPTIONS)
 """The letter a admits wgmma and setmaxnreg. CuPy adds an -arch of its own; NVRTC keeps the letter from 12.9 on."""
@@ -55,4 +61,8 @@ def unit_source(unit: str) -> str:
         text = (kernels_directory() / name).read_text(encoding="utf-8").replace("#pragma once\n", "")
         return _INCLUDE.sub(lambda match: join(match[1]), text)
 
-    return join(unit + ".cu")
+    if unit not in WGMMA_UNITS:
+        return join(unit + ".cu")
+    dtype, order, shape = WGMMA_UNITS[unit]
+    defined = {"NAME": unit, "TYPE": WGMMA_TYPES[dtype], "SHAPE": f"hopper::Shape{shape}", "ORDER": order.upper()}
+    return "".join(f"#define UNIT_{key} {value}\n" for key, value in defined.items()) + join("grouped_gemm_wgmma.cu")
