@@ -31,8 +31,8 @@ struct GroupLaunch {
   int* expert_offsets;       // (num_experts + 1)
   int* tokens_per_expert;    // (num_experts)
   int* counts;               // (num_blocks, num_experts + 1), unused with one block
-  int* next_positions;       // (2) set to zero for the tile schedulers of the two GEMMs that follow, or null
-  int num_slots, num_experts, slots_per_block, padding;
+  int* progress;             // (num_progress) set to zero for the grouped GEMM that follows
+  int num_slots, num_experts, slots_per_block, num_progress;
 };
 static_assert(sizeof(GroupLaunch) == 72, "cumoe/gpu/group.py packs 72 bytes");
 
@@ -115,7 +115,7 @@ __device__ __forceinline__ void place(const GroupLaunch& p, int* histograms, int
   __syncthreads();
   if (blockIdx.x == 0)
     for (int e = threadIdx.x; e < p.num_experts; e += THREADS) p.tokens_per_expert[e] = first_rows[e];
-  if (blockIdx.x == 0 && threadIdx.x < 2 && p.next_positions) p.next_positions[threadIdx.x] = 0;
+  for (int i = blockIdx.x * THREADS + threadIdx.x; i < p.num_progress; i += num_blocks * THREADS) p.progress[i] = 0;
   __syncthreads();
   exclusive_scan<THREADS>(first_rows, num_bins);
   if (blockIdx.x == 0)

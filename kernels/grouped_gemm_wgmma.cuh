@@ -1,23 +1,34 @@
 // grouped_gemm_wgmma: C[rows(e)] = epilogue(A[rows(e)] @ W[e]^T) for every expert e of every stack; 16-bit types, sm_90a.
+// One launch computes one product, or both projections of the experts: the second one's tiles follow the first one's, so that
+// weights stream on where a kernel would end and another begin.
 //
 // Weights are the M operand of wgmma and tokens the N operand, so that a tile takes as many tokens as an expert happens to
 // have, in steps of 8 up to MAX_ROWS; the same kernel streams weights for one token and fills the tensor cores for many.
 //
-//   grid       persistent blocks; a work unit is (stack, expert, run of rows, weight block), see Tiling
-//   block      warpgroup 0 brings the operands: thread 0 asks TMA for weights and for rows that are neighbours; rows that
-//              the permutation names are gathered by all its threads with cp.async (no permuted copy of the tokens exists).
+//   grid       persistent blocks; a work unit is (product, stack, expert, run of rows, weight block), see Schedule
+//   block      warpgroup 0   brings tokens: rows that the permutation names with cp.async by all threads (no permuted copy of
+//                            the tokens exists), rows that are neighbours with TMA by the first
+//              warpgroup 1   warp 0 plans tiles, a thread of warp 1 brings weights with TMA, one of warp 2 reports
 //              CONSUMERS further warpgroups multiply and finish
-//   tile       a consumer owns two runs of 64 weight rows: gate and up rows of the same features, or neighbours; a lane
-//              therefore holds both halves of a pair
-//   smem       num_stages x (2 HALF_ROWS + MAX_ROWS) rows of 64 inner positions (128 bytes, swizzled as wgmma wants them),
-//              a slab of MAX_ROWS x 64 results a consumer, RING descriptions of tiles with their row factors, tile offsets
+//   tile       a consumer owns two runs of 64 weight rows: gate and up rows of the same features, or neighbours; in the
+//              smallest tiles (INNER) one run, with eight gate and eight up rows in turn, and twice the inner positions.
+//              Either way a lane holds both halves of a pair
+//   smem       num_stages x (2 HALF_ROWS + TOKEN_ROWS) rows of 64 inner positions (128 bytes, swizzled as wgmma wants them),
+//              a slab of MAX_ROWS x 64 results a consumer, RING descriptions of tiles with their row factors, row blocks
 //
-//   barrier       count            a phase ends when
-//   full[s]       1 + 128          TMA and the producers' own copies have written stage s
-//   empty[s]      warps            every consumer warp has multiplied stage s
-//   told[r]       128              the description of a tile and its row factors stand in ring place r
-//   read[r]       warps            every consumer warp has finished with that place
-//   sync_consumer                  a consumer's slab is written, or has been stored and may be overwritten
+//   barrier     count       from                  a phase ends when
+//   full[s]     1 + 128     weights, tokens       TMA and the copies have written stage s
+//   empty[s]    warps       consumers             every consumer warp has multiplied stage s
+//   told[r]     1           planner               the description of a tile and its row factors stand in ring place r
+//   stored[r]   warps       consumers             the results of that tile are stored
+//   free[r]     1           reporter              nobody reads that place any more
+//   wanted      1           weights               the end of a tile is near: the next one is to be planned
+//   sync_consumer           its warps             a consumer's slab is written, or has been stored and may be overwritten
+//   Progress    global      reporters             row block b of the first product is complete; the second product's tokens
+//               memory                            wait for it, while its weights are on their way already
+//
+//   Whatever takes a trip to memory happens in a warp of its own: under full load a trip takes 2 to 5 us, a tile has four of
+//   them (position, rows, slots, factors), and so has the fence before a report.
 //
 //   edges      weight rows and inner positions past the end are zeros (TMA fills them, cp.async fills the tokens'), so a
 //              neighbour's NaN cannot leak in; rows past the expert's last are whatever the stage held: products of
@@ -32,20 +43,23 @@
 
 namespace hopper {
 
-template <typename T, typename Shape, WeightOrder ORDER, bool PAIRED> struct GroupedGemm {
+template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
   static constexpr int MAX_ROWS = Shape::MAX_ROWS, CONSUMERS = Shape::CONSUMERS, HALF_ROWS = Shape::HALF_ROWS;
-  static constexpr int THREADS = PRODUCERS + CONSUMERS * WARPGROUP, HALF_BYTES = HALF_ROWS * ROW_BYTES;
-  static constexpr int A_BYTES = MAX_ROWS * ROW_BYTES, W_BYTES = 2 * HALF_BYTES, STAGE_BYTES = W_BYTES + A_BYTES;
+  static constexpr int THREADS = (2 + CONSUMERS) * WARPGROUP, HALF_BYTES = HALF_ROWS * ROW_BYTES;
+  static constexpr int ROWS_BYTES = MAX_ROWS * ROW_BYTES, TOKEN_BYTES = (Shape::HALVES == INNER ? 2 : 1) * ROWS_BYTES;
+  static constexpr int W_BYTES = 2 * HALF_BYTES, STAGE_BYTES = W_BYTES + TOKEN_BYTES;
   static constexpr int CONSUMER_WARPS = CONSUMERS * WARPGROUP / WARP;
-  using Schedule = Scheduler<Tiling<Shape>, int, THREADS>;
+  using Tiles = Schedule<Shape, ORDER>;
   using Place = RingPlace<MAX_ROWS>;
-  using Epilogue = Finish<T, Shape, PAIRED>;
+  using Epilogue = Finish<T, Shape>;
   using Accumulators = typename Epilogue::Accumulators;
 
-  struct Barriers { uint64 full[MAX_STAGES], empty[MAX_STAGES], told[RING], read[RING]; };
+  static constexpr int RING = Shape::RING, ROWS_OF_BOX = Shape::ROWS_OF_BOX;
+
+  struct Barriers { uint64 full[MAX_STAGES], empty[MAX_STAGES], told[RING], stored[RING], free[RING], wanted; };
 
   const WgmmaLaunch& launch;
-  const Schedule& schedule;
+  Tiles schedule;
   Barriers& barriers;
   Place* ring;
   uint32 smem;  // the stages, then the slabs
@@ -53,263 +67,331 @@ template <typename T, typename Shape, WeightOrder ORDER, bool PAIRED> struct Gro
   __device__ __forceinline__ uint32 full(int stage) const { return shared_address(&barriers.full[stage]); }
   __device__ __forceinline__ uint32 empty(int stage) const { return shared_address(&barriers.empty[stage]); }
   __device__ __forceinline__ uint32 told(int place) const { return shared_address(&barriers.told[place]); }
-  __device__ __forceinline__ uint32 read(int place) const { return shared_address(&barriers.read[place]); }
+  __device__ __forceinline__ uint32 stored(int place) const { return shared_address(&barriers.stored[place]); }
+  __device__ __forceinline__ uint32 free(int place) const { return shared_address(&barriers.free[place]); }
+  __device__ __forceinline__ uint32 wanted() const { return shared_address(&barriers.wanted); }
 
-  // A place in a ring, and the parity of the round.
-  struct Cursor {
-    int at = 0, parity = 0;
-    __device__ __forceinline__ void advance(int length) { if (++at == length) { at = 0; parity ^= 1; } }
+  // A place in the ring of tiles, and the parity of the round: both follow from the number of the block's tile.
+  struct Turn {
+    int tile = 0;
+    __device__ __forceinline__ int place() const { return tile % RING; }
+    __device__ __forceinline__ int parity() const { return tile / RING % 2; }
   };
 
-  __device__ __forceinline__ TileInfo tile_info(int tile) const {
-    Group group = schedule.find(tile);
-    return Tiling<Shape>::tile(group, launch.gemm.stacks[group.stack_idx]);
+  // The same in the ring of stages, whose length is not a power of two; in one register.
+  struct Cursor {
+    int twice_at_plus_parity = 0;
+    __device__ __forceinline__ int at() const { return twice_at_plus_parity >> 1; }
+    __device__ __forceinline__ int parity() const { return twice_at_plus_parity & 1; }
+    __device__ __forceinline__ void advance(int length) {
+      twice_at_plus_parity += 2;
+      if (at() == length) twice_at_plus_parity = parity() ^ 1;
+    }
+  };
+
+  __device__ __forceinline__ const ExpertStack& stack_of(const TileInfo& tile) const { return launch.stacks[tile.stack_idx]; }
+  __device__ __forceinline__ bool is_second(const TileInfo& tile) const { return tile.stack_idx >= launch.num_stacks; }
+
+  // Every role walks the same tiles: visit(turn) of each, in order, until one without rows.
+  template <typename Visit> __device__ __forceinline__ void for_each_tile(Visit visit) const {
+    for (Turn turn;; ++turn.tile) {
+      barrier_wait(told(turn.place()), turn.parity());
+      if (ring[turn.place()].tile.num_rows == 0) return;
+      visit(turn);
+    }
   }
 
-  // --- producers -----------------------------------------------------------------------------------------------------
+  // --- the planner: a warp -------------------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void bring_operands() {
-    Cursor stage, place;
-    int position = blockIdx.x;
-    bool first_tile = true;
-    for (;; place.advance(RING)) {
-      Place& now = ring[place.at];
-      if (threadIdx.x == 0) {
-        barrier_wait(read(place.at), place.parity ^ 1);
-        now.tile = next_tile(position);
+  __device__ __forceinline__ void plan_tiles(int position) const {
+    for (Turn turn;; ++turn.tile) {
+      Place& next = ring[turn.place()];
+      barrier_wait(free(turn.place()), turn.parity() ^ 1);
+      while (!find_tile(position, next.tile)) position = next_position(position);
+      describe_rows(next);
+      __syncwarp();
+      if (threadIdx.x % WARP == 0) barrier_arrive(told(turn.place()));
+      if (next.tile.num_rows == 0) return;
+      barrier_wait(wanted(), turn.tile % 2);  // as late as possible, so that the last tiles go to whoever is free
+      position = next_position(position);
+    }
+  }
+
+  // Writes the tile at `position`, unless it is one without rows among others.
+  __device__ __forceinline__ bool find_tile(int position, TileInfo& found) const {
+    TileInfo tile = schedule.tile(position);
+    if (tile.num_rows <= 0 && tile.stack_idx >= 0) return false;
+    if (threadIdx.x % WARP == 0) found = tile;
+    __syncwarp();
+    return true;
+  }
+
+  __device__ __forceinline__ int next_position(int position) const {
+    if (!launch.progress) return position + (int)gridDim.x;
+    if (threadIdx.x % WARP == 0) position = atomicAdd(launch.progress, 1);
+    return __shfl_sync(FULL_MASK, position, 0);
+  }
+
+  __device__ __forceinline__ void describe_rows(Place& place) const {
+    const ExpertStack& stack = stack_of(place.tile);
+    for (int r = threadIdx.x % WARP; r < place.tile.num_rows; r += WARP) {
+      RowScales scales = row_scales(stack, place.tile.row_begin + r);
+      place.scale_in[r] = scales.in;
+      place.scale_out[r] = scales.out;
+      place.offsets[r] = a_row_of(stack, place.tile.row_begin + r) * (uint32)(stack.a_row_stride / 8);
+    }
+  }
+
+  // --- weights: a thread ---------------------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void bring_weights() const {
+    Cursor stage;
+    for_each_tile([&](Turn turn) {
+      TileInfo tile = ring[turn.place()].tile;
+#pragma unroll 1
+      for (int k = 0; k < tile.k_blocks; ++k) {
+        barrier_wait(empty(stage.at()), stage.parity() ^ 1);
+        load_weights(tile, k, stage.at());
+        if (k == max(tile.k_blocks - LEAD, 0)) barrier_arrive(wanted());
+        stage.advance(launch.num_stages);
       }
-      sync_some<1, PRODUCERS>();  // the description is written
-      if (now.tile.num_rows == 0) break;
-      int ahead = 0;  // inner blocks whose weights are on their way already
-      if (first_tile) {
-        if (threadIdx.x == 0)
-          for (; ahead < min(now.tile.k_blocks, launch.num_stages); ++ahead) load_weights(now.tile, ahead, ahead);
-        if (launch.weights_first) {
-          wait_for_previous_kernel();
-          launch_next_kernel();
-        }
-        first_tile = false;
-      }
-      describe_rows(now);
-      barrier_arrive(told(place.at));
-      sync_some<1, PRODUCERS>();  // the offsets of all rows are written
-      if (gathers(launch.gemm.stacks[now.tile.stack_idx])) gather_rows(now, ahead, stage);
-      else load_rows(now, ahead, stage);
-    }
-    barrier_arrive(told(place.at));
-    // A grid without tiles must not end before the previous kernel either: the next one counts on both.
-    if (first_tile && launch.weights_first) wait_for_previous_kernel();
+    });
   }
 
-  // The next tile that has rows, from `position` on.
-  __device__ __forceinline__ TileInfo next_tile(int& position) const {
-    int first = schedule.tile_offsets[launch.gemm.stacks[0].num_experts], others = schedule.num_tiles() - first;
-    TileInfo tile{};
-    while (tile.num_rows <= 0 && position < schedule.num_tiles()) {
-      tile = tile_info(position < others ? first + position : position - others);
-      position = launch.next_position ? gridDim.x + atomicAdd(launch.next_position, 1) : position + gridDim.x;
-    }
-    tile.num_rows = max(tile.num_rows, 0);
-    return tile;
-  }
-
-  __device__ __forceinline__ void describe_rows(Place& now) const {
-    const ExpertStack& stack = launch.gemm.stacks[now.tile.stack_idx];
-    for (int r = threadIdx.x; r < now.tile.num_rows; r += PRODUCERS) {
-      RowScales scales = row_scales(stack, now.tile.row_begin + r);
-      now.scale_in[r] = scales.in;
-      now.scale_out[r] = scales.out;
-      now.offsets[r] = a_row_of(stack, now.tile.row_begin + r) * (uint32)(stack.a_row_stride / 8);
-    }
-  }
-
-  // One thread: an inner block of the weights into a stage.
+  // An inner block into a stage.
   __device__ __forceinline__ void load_weights(const TileInfo& tile, int k_block, int stage) const {
+    const ExpertStack& stack = stack_of(tile);
     const TensorMap& map = launch.w_maps[tile.stack_idx];
+    bool pairs = Tiles::pairs(stack), inward = schedule.inward(stack);
     uint32 destination = smem + stage * STAGE_BYTES;
     barrier_arrive_expect(full(stage), W_BYTES);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      int row = PAIRED ? tile.weight_block * HALF_ROWS : (2 * tile.weight_block + half) * HALF_ROWS;
-      int pair_half = PAIRED ? half : 0;
-      if (ORDER == INNER_MAJOR) {
-        load_tensor_4d(destination + half * HALF_BYTES, map, full(stage), k_block * BLOCK_K, row, pair_half, tile.expert);
+      int row = (pairs || inward ? tile.weight_block : 2 * tile.weight_block + half) * HALF_ROWS;
+      int inner = (inward ? 2 * k_block + half : k_block) * BLOCK_K, pair_half = pairs ? half : 0;
+      if (ORDER == INNER_MAJOR && inward && pairs) {  // eight gate and eight up rows in turn
+        load_tensor_5d(destination + half * HALF_BYTES, map, full(stage), inner, 0, 0, row / 16, tile.expert);
+      } else if (ORDER == INNER_MAJOR) {
+        load_tensor_4d(destination + half * HALF_BYTES, map, full(stage), inner, row, pair_half, tile.expert);
       } else {
 #pragma unroll
         for (int run = 0; run < CONSUMERS; ++run)
-          load_tensor_4d(destination + half * HALF_BYTES + run * RUN_BYTES, map, full(stage), row + run * RUN,
-                         k_block * BLOCK_K, pair_half, tile.expert);
+          load_tensor_4d(destination + half * HALF_BYTES + run * RUN_BYTES, map, full(stage), row + run * RUN, inner,
+                         pair_half, tile.expert);
       }
     }
   }
 
-  // Rows of A that the permutation names: eight threads a row, 16 bytes each. The addresses stay in registers; reading them
+  // --- tokens: a warpgroup -------------------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void bring_tokens() const {
+    Cursor stage;
+    for_each_tile([&](Turn turn) {
+      const Place& now = ring[turn.place()];
+      if (gathers(stack_of(now.tile))) gather_rows(now, stage);
+      else load_rows(now.tile, stage);
+    });
+  }
+
+  // Rows that the permutation names: eight threads a row, 16 bytes each. The addresses stay in registers; reading them
   // again from shared memory for every inner block made this loop the bottleneck.
-  __device__ __forceinline__ void gather_rows(const Place& now, int ahead, Cursor& stage) const {
-    constexpr int STEP = PRODUCERS / 8, COPIES = MAX_ROWS / STEP;  // rows between two copies of a thread
+  __device__ __forceinline__ void gather_rows(const Place& now, Cursor& stage) const {
+    constexpr int STEP = TOKEN_THREADS / 8, COPIES = MAX_ROWS / STEP;  // rows between two copies of a thread
     static_assert(STEP % 8 == 0, "all rows of a thread have the same swizzle");
-    const ExpertStack& stack = launch.gemm.stacks[now.tile.stack_idx];
-    int chunk = threadIdx.x % 8, first = threadIdx.x / 8, rows_left = now.tile.num_rows - first;
+    const ExpertStack& stack = stack_of(now.tile);
+    int thread = thread_of_warpgroup(), chunk = thread % 8, first = thread / 8, rows_left = now.tile.num_rows - first;
     uint32 offsets[COPIES];
 #pragma unroll
     for (int i = 0; i < COPIES; ++i) offsets[i] = i * STEP < rows_left ? now.offsets[first + i * STEP] : 0;
     const uint4* source = static_cast<const uint4*>(stack.a) + chunk;
-    int inner_left = stack.inner - chunk * 8;
-    uint32 place_in_stage = smem + W_BYTES + first * ROW_BYTES + ((chunk ^ (first & 7)) << 4);
-    int k_blocks = now.tile.k_blocks;
+    uint32 place_in_stage = W_BYTES + first * ROW_BYTES + ((chunk ^ (first & 7)) << 4);
+    int block_k = schedule.inward(stack) ? 2 * BLOCK_K : BLOCK_K;
 #pragma unroll 1
-    for (int k = 0; k < k_blocks; ++k) {
-      barrier_wait(empty(stage.at), stage.parity ^ 1);
-      if (threadIdx.x == 0 && k >= ahead) load_weights(now.tile, k, stage.at);
-      uint32 destination = place_in_stage + stage.at * STAGE_BYTES;
-      int bytes = min(max(inner_left, 0), 8) * 2;
+    for (int inner_left = stack.inner; inner_left > 0; inner_left -= block_k) {
+      barrier_wait(empty(stage.at()), stage.parity() ^ 1);
+      uint32 destination = smem + stage.at() * STAGE_BYTES + place_in_stage;
 #pragma unroll
-      for (int i = 0; i < COPIES; ++i)
-        if (i * STEP < rows_left) copy_async_16(destination + i * STEP * ROW_BYTES, source + offsets[i], bytes);
-      barrier_arrive_after_copies(full(stage.at));
-      source += BLOCK_K / 8;
-      inner_left -= BLOCK_K;
+      for (int block = 0; block < TOKEN_BYTES / ROWS_BYTES; ++block) {
+        if (block * BLOCK_K < block_k) {
+          int bytes = min(max(inner_left - block * BLOCK_K - thread_of_warpgroup() % 8 * 8, 0), 8) * 2;
+#pragma unroll
+          for (int i = 0; i < COPIES; ++i)
+            if (i * STEP < rows_left)
+              copy_async_16(destination + block * ROWS_BYTES + i * STEP * ROW_BYTES, source + offsets[i], bytes);
+          source += BLOCK_K / 8;
+        }
+      }
+      barrier_arrive_after_copies(full(stage.at()));
       stage.advance(launch.num_stages);
     }
   }
 
-  // Rows of A that are neighbours, in boxes of 64 and 16. What follows the expert's last row comes along and is not used.
-  __device__ __forceinline__ void load_rows(const Place& now, int ahead, Cursor& stage) const {
-    const TensorMap* maps = launch.a_maps[now.tile.stack_idx];
-    int rows = (now.tile.num_rows + 15) / 16 * 16, first_row = now.tile.row_begin, k_blocks = now.tile.k_blocks;
+  // Rows that are neighbours, in boxes of 64 and ROWS_OF_BOX. What follows the expert's last row comes along and is not used.
+  __device__ __forceinline__ void load_rows(const TileInfo& tile, Cursor& stage) const {
+    const TensorMap* maps = launch.a_maps[tile.stack_idx];
+    int rows = ceil_div(tile.num_rows, ROWS_OF_BOX) * ROWS_OF_BOX, blocks = schedule.inward(stack_of(tile)) ? 2 : 1;
+    if (threadIdx.x == 0 && is_second(tile)) wait_for_first_product(tile);
 #pragma unroll 1
-    for (int k = 0; k < k_blocks; ++k) {
-      barrier_wait(empty(stage.at), stage.parity ^ 1);
+    for (int k = 0; k < tile.k_blocks; ++k) {
+      barrier_wait(empty(stage.at()), stage.parity() ^ 1);
       if (threadIdx.x == 0) {
-        if (k >= ahead) load_weights(now.tile, k, stage.at);
-        uint32 destination = smem + stage.at * STAGE_BYTES + W_BYTES;
-        barrier_arrive_expect(full(stage.at), rows * ROW_BYTES);
-        int row = 0;
+        barrier_arrive_expect(full(stage.at()), blocks * rows * ROW_BYTES);
 #pragma unroll 1
-        for (; row + 64 <= rows; row += 64)
-          load_tensor_4d(destination + row * ROW_BYTES, maps[0], full(stage.at), k * BLOCK_K, first_row + row, 0, 0);
+        for (int block = 0; block < blocks; ++block) {
+          uint32 destination = smem + stage.at() * STAGE_BYTES + W_BYTES + block * ROWS_BYTES;
+          int inner = (k * blocks + block) * BLOCK_K, row = 0;
 #pragma unroll 1
-        for (; row < rows; row += 16)
-          load_tensor_4d(destination + row * ROW_BYTES, maps[1], full(stage.at), k * BLOCK_K, first_row + row, 0, 0);
+          for (; row + 64 <= rows; row += 64)
+            load_tensor_4d(destination + row * ROW_BYTES, maps[0], full(stage.at()), inner, tile.row_begin + row, 0, 0);
+#pragma unroll 1
+          for (; row < rows; row += ROWS_OF_BOX)
+            load_tensor_4d(destination + row * ROW_BYTES, maps[1], full(stage.at()), inner, tile.row_begin + row, 0, 0);
+        }
       } else {
-        barrier_arrive(full(stage.at));
+        barrier_arrive(full(stage.at()));
       }
       stage.advance(launch.num_stages);
     }
+  }
+
+  // Until all weight blocks of the first product have stored these rows.
+  __device__ __forceinline__ void wait_for_first_product(const TileInfo& tile) const {
+    int parts = schedule.weight_blocks(launch.stacks[tile.stack_idx - launch.num_stacks]);
+    while (!Progress{launch.progress}.reached(tile.row_block, parts)) __nanosleep(64);
+    fence_async_proxy_global();  // TMA is about to read what others stored
   }
 
   // --- consumers -----------------------------------------------------------------------------------------------------
 
-  // acc <- the products of this consumer's two runs of weight rows with N token rows.
-  template <int N>
-  __device__ __forceinline__ void multiply(int consumer, int k_blocks, Cursor& stage, Accumulators& acc) {
-    if constexpr (N <= MAX_ROWS) {
-      constexpr int STEP = ORDER == INNER_MAJOR ? 32 : 16 * ROW_BYTES;  // 16 inner positions of the weights, in bytes
-      for (int k = 0; k < k_blocks; ++k) {
-        barrier_wait(full(stage.at), stage.parity);
-        fence_async_proxy();
-        uint32 w = smem + stage.at * STAGE_BYTES + consumer * RUN_BYTES, a = smem + stage.at * STAGE_BYTES + W_BYTES;
-        wgmma_fence();
+  // acc <- the products of this consumer's runs of weight rows with N token rows.
+  template <int N, bool INWARD>
+  __device__ __forceinline__ void multiply(int consumer, int k_blocks, Cursor& stage, Accumulators& acc) const {
+    constexpr int STEP = ORDER == INNER_MAJOR ? 32 : 16 * ROW_BYTES;  // 16 inner positions of the weights, in bytes
+    constexpr int STEPS = BLOCK_K / 16;
+    for (int k = 0; k < k_blocks; ++k) {
+      barrier_wait(full(stage.at()), stage.parity());
+      fence_async_proxy();
+      uint32 w = smem + stage.at() * STAGE_BYTES + consumer * RUN_BYTES, a = smem + stage.at() * STAGE_BYTES + W_BYTES;
+      wgmma_fence();
 #pragma unroll
-        for (int step = 0; step < BLOCK_K / 16; ++step)
-#pragma unroll
-          for (int half = 0; half < 2; ++half)
-            Wgmma<T, N>::template multiply<ORDER == ROW_MAJOR>(acc[half], operand(w + half * HALF_BYTES + step * STEP),
-                                                               operand(a + step * 32), k + step > 0);
-        wgmma_commit();
-        wgmma_wait<0>();  // the other consumer keeps the tensor cores busy meanwhile
-        if (threadIdx.x % WARP == 0) barrier_arrive(empty(stage.at));
-        stage.advance(launch.num_stages);
+      for (int i = 0; i < 2 * STEPS; ++i) {
+        int half = INWARD ? i / STEPS : i % 2, step = INWARD ? i % STEPS : i / 2;
+        Wgmma<T, N>::template multiply<ORDER == ROW_MAJOR>(
+            acc[INWARD ? 0 : half], operand(w + half * HALF_BYTES + step * STEP),
+            operand(a + (INWARD ? half * ROWS_BYTES : 0) + step * 32), k + (INWARD ? i : step) > 0);
       }
+      wgmma_commit();
+      wgmma_wait<0>();  // the other consumer keeps the tensor cores busy meanwhile
+      if (threadIdx.x % WARP == 0) barrier_arrive(empty(stage.at()));
+      stage.advance(launch.num_stages);
     }
   }
 
-  __device__ __forceinline__ void multiply_and_finish(int consumer) {
-    Cursor stage, place;
-    Accumulators acc;
-    for (;;) {
-      barrier_wait(told(place.at), place.parity);
-      const TileInfo& tile = ring[place.at].tile;
-      int num_rows = __shfl_sync(FULL_MASK, tile.num_rows, 0), k_blocks = __shfl_sync(FULL_MASK, tile.k_blocks, 0);
-      if (num_rows == 0) break;
-      switch ((num_rows + 7) / 8) {
-        case 1: multiply<8>(consumer, k_blocks, stage, acc); break;
-        case 2: multiply<16>(consumer, k_blocks, stage, acc); break;
-        case 3: multiply<24>(consumer, k_blocks, stage, acc); break;
-        case 4: multiply<32>(consumer, k_blocks, stage, acc); break;
-        case 5: multiply<40>(consumer, k_blocks, stage, acc); break;
-        case 6: multiply<48>(consumer, k_blocks, stage, acc); break;
-        case 7: multiply<56>(consumer, k_blocks, stage, acc); break;
-        case 8: multiply<64>(consumer, k_blocks, stage, acc); break;
-        case 9: multiply<72>(consumer, k_blocks, stage, acc); break;
-        case 10: multiply<80>(consumer, k_blocks, stage, acc); break;
-        case 11: multiply<88>(consumer, k_blocks, stage, acc); break;
-        case 12: multiply<96>(consumer, k_blocks, stage, acc); break;
-        case 13: multiply<104>(consumer, k_blocks, stage, acc); break;
-        case 14: multiply<112>(consumer, k_blocks, stage, acc); break;
-        case 15: multiply<120>(consumer, k_blocks, stage, acc); break;
-        case 16: multiply<128>(consumer, k_blocks, stage, acc); break;
-        case 17: multiply<136>(consumer, k_blocks, stage, acc); break;
-        case 18: multiply<144>(consumer, k_blocks, stage, acc); break;
-        case 19: multiply<152>(consumer, k_blocks, stage, acc); break;
-        case 20: multiply<160>(consumer, k_blocks, stage, acc); break;
-        case 21: multiply<168>(consumer, k_blocks, stage, acc); break;
-        case 22: multiply<176>(consumer, k_blocks, stage, acc); break;
-        case 23: multiply<184>(consumer, k_blocks, stage, acc); break;
-        default: multiply<192>(consumer, k_blocks, stage, acc);
+  template <int N>
+  __device__ __forceinline__ void multiply_rows(int consumer, const TileInfo& tile, Cursor& stage, Accumulators& acc) const {
+    if constexpr (N <= MAX_ROWS) {
+      int k_blocks = __shfl_sync(FULL_MASK, tile.k_blocks, 0);
+      if constexpr (Shape::HALVES == INNER) {
+        if (schedule.inward(stack_of(tile))) return multiply<N, true>(consumer, k_blocks, stage, acc);
       }
-      Epilogue epilogue{launch.gemm.stacks[tile.stack_idx], ring[place.at], num_rows, consumer,
-                        smem + launch.num_stages * STAGE_BYTES + consumer * Epilogue::SLAB_BYTES};
-      epilogue.store(acc);
-      if (threadIdx.x % WARP == 0) barrier_arrive(read(place.at));
-      place.advance(RING);
+      multiply<N, false>(consumer, k_blocks, stage, acc);
     }
+  }
+
+  __device__ __forceinline__ void multiply_and_finish(int consumer) const {
+    Cursor stage;
+    Accumulators acc;
+    if (consumer == 1) __nanosleep(HEAD_START_NS);
+    for_each_tile([&](Turn turn) {
+      const TileInfo& tile = ring[turn.place()].tile;
+      int num_rows = __shfl_sync(FULL_MASK, tile.num_rows, 0);
+      switch ((num_rows + 7) / 8) {
+        case 1: multiply_rows<8>(consumer, tile, stage, acc); break;
+        case 2: multiply_rows<16>(consumer, tile, stage, acc); break;
+        case 3: multiply_rows<24>(consumer, tile, stage, acc); break;
+        case 4: multiply_rows<32>(consumer, tile, stage, acc); break;
+        case 5: multiply_rows<40>(consumer, tile, stage, acc); break;
+        case 6: multiply_rows<48>(consumer, tile, stage, acc); break;
+        case 7: multiply_rows<56>(consumer, tile, stage, acc); break;
+        case 8: multiply_rows<64>(consumer, tile, stage, acc); break;
+        case 9: multiply_rows<72>(consumer, tile, stage, acc); break;
+        case 10: multiply_rows<80>(consumer, tile, stage, acc); break;
+        case 11: multiply_rows<88>(consumer, tile, stage, acc); break;
+        case 12: multiply_rows<96>(consumer, tile, stage, acc); break;
+        case 13: multiply_rows<104>(consumer, tile, stage, acc); break;
+        case 14: multiply_rows<112>(consumer, tile, stage, acc); break;
+        case 15: multiply_rows<120>(consumer, tile, stage, acc); break;
+        case 16: multiply_rows<128>(consumer, tile, stage, acc); break;
+        case 17: multiply_rows<136>(consumer, tile, stage, acc); break;
+        case 18: multiply_rows<144>(consumer, tile, stage, acc); break;
+        case 19: multiply_rows<152>(consumer, tile, stage, acc); break;
+        case 20: multiply_rows<160>(consumer, tile, stage, acc); break;
+        case 21: multiply_rows<168>(consumer, tile, stage, acc); break;
+        case 22: multiply_rows<176>(consumer, tile, stage, acc); break;
+        case 23: multiply_rows<184>(consumer, tile, stage, acc); break;
+        default: multiply_rows<192>(consumer, tile, stage, acc);
+      }
+      Epilogue epilogue{stack_of(tile), ring[turn.place()], Tiles::pairs(stack_of(tile)), schedule.inward(stack_of(tile)), num_rows, consumer,
+                        smem + launch.num_stages * STAGE_BYTES + consumer * Epilogue::SLAB_BYTES};
+      epilogue.store(acc);  // ends in a barrier of the consumer
+      if (threadIdx.x % WARP == 0) barrier_arrive(stored(turn.place()));
+    });
+  }
+
+  // --- the reporter: a thread ----------------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void report_tiles() const {
+    for_each_tile([&](Turn turn) {
+      TileInfo tile = ring[turn.place()].tile;
+      bool awaited = launch.num_products == 2 && !is_second(tile);
+      barrier_wait(stored(turn.place()), turn.parity());
+      barrier_arrive(free(turn.place()));
+      if (awaited) Progress{launch.progress}.add(tile.row_block);
+    });
   }
 };
 
-template <typename T, typename Shape, WeightOrder ORDER, bool PAIRED>
+template <typename T, typename Shape, WeightOrder ORDER>
 __device__ __forceinline__ void grouped_gemm(const WgmmaLaunch& launch) {
-  using Gemm = GroupedGemm<T, Shape, ORDER, PAIRED>;
+  using Gemm = GroupedGemm<T, Shape, ORDER>;
   extern __shared__ unsigned char dynamic_smem[];
   __shared__ typename Gemm::Barriers barriers;
-  __shared__ typename Gemm::Place ring[RING];
+  __shared__ typename Gemm::Place ring[Gemm::RING];
   uint32 stages = (shared_address(dynamic_smem) + 1023) & ~1023u;
   unsigned char* after = dynamic_smem + (stages - shared_address(dynamic_smem)) + launch.num_stages * Gemm::STAGE_BYTES +
                          Gemm::CONSUMERS * Gemm::Epilogue::SLAB_BYTES;
   if (threadIdx.x == 0) {
     for (int i = 0; i < launch.num_stages; ++i) {
-      barrier_init(shared_address(&barriers.full[i]), 1 + PRODUCERS);
+      barrier_init(shared_address(&barriers.full[i]), 1 + TOKEN_THREADS);
       barrier_init(shared_address(&barriers.empty[i]), Gemm::CONSUMER_WARPS);
     }
-    for (int i = 0; i < RING; ++i) {
-      barrier_init(shared_address(&barriers.told[i]), PRODUCERS);
-      barrier_init(shared_address(&barriers.read[i]), Gemm::CONSUMER_WARPS);
+    for (int i = 0; i < Gemm::RING; ++i) {
+      barrier_init(shared_address(&barriers.told[i]), 1);
+      barrier_init(shared_address(&barriers.stored[i]), Gemm::CONSUMER_WARPS);
+      barrier_init(shared_address(&barriers.free[i]), 1);
     }
+    barrier_init(shared_address(&barriers.wanted), 1);
     barrier_init_fence();
-    for (int s = 0; s < launch.gemm.num_stacks; ++s) prefetch_tensor_map(launch.w_maps[s]);
+    for (int s = 0; s < launch.num_stacks * launch.num_products; ++s) prefetch_tensor_map(launch.w_maps[s]);
   }
-  if (!launch.weights_first) {
-    wait_for_previous_kernel();
-    launch_next_kernel();
-  }
-  typename Gemm::Schedule schedule(launch.gemm, reinterpret_cast<int*>(after));  // its barriers also publish those above
-  Gemm gemm{launch, schedule, barriers, ring, stages};
-  int warpgroup = __shfl_sync(FULL_MASK, threadIdx.x / WARPGROUP, 0);
+  wait_for_previous_kernel();
+  launch_next_kernel();
+  Gemm gemm{launch, {launch, reinterpret_cast<int*>(after)}, barriers, ring, stages};
+  int warp = __shfl_sync(FULL_MASK, threadIdx.x / WARP, 0), warpgroup = warp / 4;
+  int position = warp == 4 ? gemm.next_position((int)blockIdx.x - (int)gridDim.x) : 0;
+  gemm.schedule.template count_row_blocks<Gemm::THREADS>();  // its barriers also publish those above
   if (warpgroup == 0) {
-    if (Gemm::CONSUMERS == 2) keep_registers<40>();
-    gemm.bring_operands();
+    if (Gemm::CONSUMERS == 2) keep_registers<Shape::TOKEN_REGISTERS>();
+    gemm.bring_tokens();
+  } else if (warpgroup == 1) {
+    if (Gemm::CONSUMERS == 2) keep_registers<Shape::HELPER_REGISTERS>();
+    if (warp == 4) gemm.plan_tiles(position);
+    if (threadIdx.x == 5 * WARP) gemm.bring_weights();
+    if (threadIdx.x == 6 * WARP) gemm.report_tiles();
   } else {
-    if (Gemm::CONSUMERS == 2) take_registers<232>();
-    gemm.multiply_and_finish(warpgroup - 1);
+    if (Gemm::CONSUMERS == 2) take_registers<Shape::CONSUMER_REGISTERS>();
+    gemm.multiply_and_finish(warpgroup - 2);
   }
 }
 
 }  // namespace hopper
-
-#define GROUPED_GEMM_WGMMA(NAME, T, SHAPE, ORDER, PAIRED)                                                      \
-  extern "C" __global__ void __launch_bounds__(hopper::GroupedGemm<T, SHAPE, ORDER, PAIRED>::THREADS,          \
-                                               SHAPE::BLOCKS_PER_SM)                                           \
-      NAME(const __grid_constant__ WgmmaLaunch launch) { hopper::grouped_gemm<T, SHAPE, ORDER, PAIRED>(launch); }
-#define GROUPED_GEMM_WGMMA_PAIR(NAME, T, SHAPE, ORDER)    \
-  GROUPED_GEMM_WGMMA(NAME##_paired, T, SHAPE, ORDER, true) \
-  GROUPED_GEMM_WGMMA(NAME##_single, T, SHAPE, ORDER, false)

@@ -29,6 +29,18 @@ __device__ __forceinline__ void barrier_wait(uint32 barrier, int parity) {
       "}" ::"r"(barrier), "r"(parity) : "memory");
 }
 
+// Whether the phase has ended already.
+__device__ __forceinline__ bool barrier_test(uint32 barrier, int parity) {
+  int done;
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.b32 %0, 1, 0, done;\n"
+      "}" : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+  return done;
+}
+
 // --- TMA ---------------------------------------------------------------------------------------------------------------
 
 struct alignas(64) TensorMap { uint64 opaque[16]; };
@@ -43,8 +55,18 @@ __device__ __forceinline__ void load_tensor_4d(uint32 destination, const TensorM
       ::"r"(destination), "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
 }
 
+__device__ __forceinline__ void load_tensor_5d(uint32 destination, const TensorMap& map, uint32 barrier, int c0, int c1,
+                                               int c2, int c3, int c4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];"
+      ::"r"(destination), "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4) : "memory");
+}
+
 // Makes what other threads wrote to shared memory (cp.async, st) visible to the asynchronous proxy of wgmma.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// The same for global memory, between stores and TMA, on either side.
+__device__ __forceinline__ void fence_async_proxy_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // --- wgmma bookkeeping, registers, barriers of a part of the block --------------------------------------------------------
 
@@ -58,6 +80,12 @@ template <int COUNT> __device__ __forceinline__ void keep_registers() {
 }
 template <int COUNT> __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+// The thread's number in its warpgroup, read anew: what is computed from it would else occupy registers throughout.
+__device__ __forceinline__ int thread_of_warpgroup() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread % 128;
 }
 // A barrier of THREADS threads; the number is a constant, else all 16 would be reserved.
 template <int BARRIER, int THREADS> __device__ __forceinline__ void sync_some() {

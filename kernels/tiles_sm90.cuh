@@ -1,36 +1,53 @@
-// tiles_sm90: what the Hopper grouped GEMM is launched with, the shapes of its tiles, and how tiles are described on the way.
+// tiles_sm90: what the Hopper grouped GEMM is launched with, the shapes of its tiles, and which tile comes when.
 #pragma once
 #include "ptx_sm90.cuh"
-#include "scheduler.cuh"
+#include "scan.cuh"
+#include "stacks.cuh"
 
 enum WeightOrder { INNER_MAJOR = 0, ROW_MAJOR = 1 };
 
+// One product, or both projections of the experts: then stack s + num_stacks reads what stack s has written.
 struct WgmmaLaunch {
-  TensorMap w_maps[MAX_STACKS];     // (expert, half, row, inner), or (expert, half, inner, row) where rows are contiguous
-  TensorMap a_maps[MAX_STACKS][2];  // (1, 1, row, inner), boxes of 64 and of 16 rows
-  GemmLaunch gemm;
-  int* next_position;  // how many tiles beyond the first of each block are taken, zero at the beginning; or null
-  int num_stages;
-  int weights_first;  // 1: the tiles follow from what is older than the previous kernel: weights may come before its end
+  TensorMap w_maps[2 * MAX_STACKS];     // see cumoe/gpu/tensor_map.py
+  TensorMap a_maps[2 * MAX_STACKS][2];  // (1, 1, row, inner), boxes of 64 rows and of ROWS_OF_BOX
+  ExpertStack stacks[2 * MAX_STACKS];   // num_stacks of the first product, then as many of the second
+  int* progress;                        // see Progress; null for one product
+  int num_stacks, num_products, num_stages;
+  int weave;  // 1: tiles whose halves are INNER take pairs as eight gate and eight up rows in turn; 0: as halves
 };
-static_assert(sizeof(WgmmaLaunch) == 4416, "cumoe/gpu/stacks.py packs 4416 bytes");
+static_assert(sizeof(WgmmaLaunch) == 8768, "cumoe/gpu/stacks.py packs 8768 bytes");
 
 namespace hopper {
 
 constexpr int BLOCK_K = 64, ROW_BYTES = BLOCK_K * 2, RUN = 64, RUN_BYTES = RUN * ROW_BYTES;
-constexpr int PRODUCERS = 128, WARPGROUP = 128, RING = 2, MAX_STAGES = 10;
+constexpr int WARPGROUP = 128, TOKEN_THREADS = WARPGROUP, MAX_STAGES = 10;
+constexpr int HEAD_START_NS = 1000;  // of the first consumer: while one finishes a tile, the other multiplies
+constexpr int LEAD = 16;  // inner blocks of a tile that are still to be asked for when the next tile is planned
 constexpr int BAND = 4;  // weight blocks that are walked together over all row blocks of an expert
 
+// What the two halves of a tile's weights are.
+enum Halves {
+  ROWS,   // gate and up rows of the same features, or neighbours
+  INNER,  // the same weight rows at the next inner positions: smaller tiles that keep as many bytes on their way
+};
+
 // cumoe/gpu/config.py has the same numbers, and how many stages each shape gets.
-template <int ROWS, int CONSUMER_GROUPS, int BLOCKS> struct TileShape {
+template <int ROWS, int CONSUMER_GROUPS, int BLOCKS, Halves OF_TILE> struct TileShape {
   static constexpr int MAX_ROWS = ROWS, CONSUMERS = CONSUMER_GROUPS, BLOCKS_PER_SM = BLOCKS;
   static constexpr int HALF_ROWS = CONSUMERS * RUN;  // weight rows of a half
+  static constexpr int RING = ROWS > 64 ? 2 : 4;     // tiles that are planned or under way
+  static constexpr int ROWS_OF_BOX = ROWS > 16 ? 16 : 8;  // few rows: what comes along would be a quarter of all traffic
+  static constexpr Halves HALVES = OF_TILE;
+  static constexpr int SLAB_ROWS = ROWS == 144 ? 64 : ROWS;  // results on their way out; a smaller slab leaves 4 stages room
+  // Of a thread that brings tokens, plans or brings weights, multiplies: 512 for the four warpgroups of two consumers.
+  static constexpr int TOKEN_REGISTERS = 40, HELPER_REGISTERS = ROWS > 144 ? 24 : 40;
+  static constexpr int CONSUMER_REGISTERS = (512 - TOKEN_REGISTERS - HELPER_REGISTERS) / 2;
 };
 // Rows x weight rows of a tile.
-using Shape32x128 = TileShape<32, 1, 2>;
-using Shape64x256 = TileShape<64, 2, 1>;
-using Shape112x256 = TileShape<112, 2, 1>;
-using Shape192x256 = TileShape<192, 2, 1>;
+using Shape16x64 = TileShape<16, 1, 2, INNER>;
+using Shape64x256 = TileShape<64, 2, 1, ROWS>;
+using Shape144x256 = TileShape<144, 2, 1, ROWS>;
+using Shape192x256 = TileShape<192, 2, 1, ROWS>;
 
 // Whether rows are found through the permutation; else they are neighbours, and TMA brings them.
 __device__ __forceinline__ bool gathers(const ExpertStack& stack) {
@@ -40,6 +57,7 @@ __device__ __forceinline__ bool gathers(const ExpertStack& stack) {
 struct TileInfo {
   int stack_idx, expert, row_begin, num_rows;  // num_rows = 0: there is no further tile
   int weight_block, k_blocks;
+  int row_block;  // number of its run of rows among those of all groups; the same in both products
 };
 
 // A place of the ring in which the producers describe tiles to the consumers.
@@ -49,21 +67,106 @@ template <int MAX_ROWS> struct alignas(16) RingPlace {  // factors are read two 
   TileInfo tile;
 };
 
-// An expert's rows are cut into even runs, multiples of 8 rows; a band of weight blocks is walked over all its runs.
-template <typename Shape> struct Tiling {
-  __device__ __forceinline__ static int weight_blocks(const ExpertStack& stack) {
-    return ceil_div(stack.weight_rows, 2 * Shape::HALF_ROWS);
+// From a position in the order of all tiles to a tile. The number of rows of an expert is known only on the device: every
+// block counts the row blocks of all groups (a group is one expert of one stack of the first product) once.
+//
+// Products and stacks come in order, experts in order; an expert's rows are cut into even runs, multiples of 8 rows; a band
+// of weight blocks is walked over all its runs.
+template <typename Shape, WeightOrder ORDER> struct Schedule {
+  const WgmmaLaunch& launch;
+  int* row_blocks_before;  // (num_groups + 1) in shared memory
+
+  template <int THREADS> __device__ __forceinline__ void count_row_blocks() const {
+    int group = threadIdx.x, first = 0;
+    for (int s = 0; s < launch.num_stacks; ++s) {
+      const ExpertStack& stack = launch.stacks[s];
+      for (; group - first < stack.num_experts; group += THREADS)
+        row_blocks_before[group] = ceil_div(rows_of(stack, group - first).count, Shape::MAX_ROWS);
+      first += stack.num_experts;
+    }
+    if (group == first) row_blocks_before[group] = 0;
+    __syncthreads();  // every group is counted
+    exclusive_scan<THREADS>(row_blocks_before, first + 1);
   }
-  __device__ __forceinline__ static int tiles(const ExpertStack& stack, int num_rows) {
-    return ceil_div(num_rows, Shape::MAX_ROWS) * weight_blocks(stack);
+
+  // A pair's gate and up rows come together, so that a lane holds both of a feature.
+  __device__ __forceinline__ static bool pairs(const ExpertStack& stack) {
+    return stack.pairing == PAIR_STACKED || (stack.pairing == PAIR_INTERLEAVED && ORDER == INNER_MAJOR);
   }
-  // num_rows may come out as 0 or less where rounding up to 8 leaves the last runs without rows.
-  __device__ __forceinline__ static TileInfo tile(const Group& group, const ExpertStack& stack) {
-    int row_blocks = ceil_div(group.num_rows, Shape::MAX_ROWS), run = ceil_div(ceil_div(group.num_rows, row_blocks), 8) * 8;
-    int band = group.tile / (BAND * row_blocks), in_band = group.tile % (BAND * row_blocks);
-    int width = min(BAND, weight_blocks(stack) - band * BAND), first = run * (in_band / width);
-    return {group.stack_idx, group.expert, group.row_begin + first, min(run, group.num_rows - first),
-            band * BAND + in_band % width, ceil_div(stack.inner, BLOCK_K)};
+  __device__ __forceinline__ bool inward(const ExpertStack& stack) const {
+    return Shape::HALVES == INNER && (!pairs(stack) || (ORDER == INNER_MAJOR && launch.weave));
+  }
+  __device__ __forceinline__ int weight_blocks(const ExpertStack& stack) const {
+    return ceil_div(stack.weight_rows, inward(stack) ? Shape::HALF_ROWS : 2 * Shape::HALF_ROWS);
+  }
+
+  // The tile at `position`. num_rows is 0 or less where rounding up to 8 leaves the last runs of an expert without rows;
+  // beyond the last tile stack_idx is -1 as well.
+  __device__ __forceinline__ TileInfo tile(int position) const {
+    int num_stacks = launch.num_stacks;
+    for (int s = 0, first = 0; s < num_stacks * launch.num_products; ++s) {
+      if (s == num_stacks) first = 0;
+      const ExpertStack& stack = launch.stacks[s];
+      int blocks = weight_blocks(stack), last = first + stack.num_experts, before = row_blocks_before[first];
+      int tiles = (row_blocks_before[last] - before) * blocks;
+      if (position < tiles) {
+        int group = find(first, last, before + position / blocks);
+        return cut(s, group - first, row_blocks_before[group], position - (row_blocks_before[group] - before) * blocks);
+      }
+      position -= tiles;
+      first = last;
+    }
+    TileInfo none{};
+    none.stack_idx = -1;
+    return none;
+  }
+
+ private:
+  struct Rows { int begin, count; };
+  __device__ __forceinline__ static Rows rows_of(const ExpertStack& stack, int expert) {
+    if (!stack.expert_offsets) return {0, stack.num_rows};
+    int begin = stack.expert_offsets[expert];
+    return {begin, stack.expert_offsets[expert + 1] - begin};
+  }
+
+  // The group that holds a row block: row_blocks_before[group] <= row_block < row_blocks_before[group + 1].
+  __device__ __forceinline__ int find(int low, int high, int row_block) const {
+    while (high - low > 1) {
+      int middle = (low + high) / 2;
+      if (row_blocks_before[middle] <= row_block) low = middle; else high = middle;
+    }
+    return low;
+  }
+
+  // The tile with the given number among those of an expert.
+  __device__ __forceinline__ TileInfo cut(int stack_idx, int expert, int first_row_block, int tile) const {
+    const ExpertStack& stack = launch.stacks[stack_idx];
+    Rows rows = rows_of(stack, expert);
+    int row_blocks = ceil_div(rows.count, Shape::MAX_ROWS), run = ceil_div(ceil_div(rows.count, row_blocks), 8) * 8;
+    int band = tile / (BAND * row_blocks), in_band = tile % (BAND * row_blocks);
+    int width = min(BAND, weight_blocks(stack) - band * BAND), run_idx = in_band / width;
+    int block_k = inward(stack) ? 2 * BLOCK_K : BLOCK_K;
+    return {stack_idx, expert, rows.begin + run * run_idx, min(run, rows.count - run * run_idx),
+            band * BAND + in_band % width, ceil_div(stack.inner, block_k), first_row_block + run_idx};
+  }
+};
+
+// How far the blocks of a launch have come, in global memory that was zero at its beginning: the number of tiles taken,
+// in a line of memory of its own, then for every row block how many tiles of its first product are stored. All tiles are taken from the counter, those of
+// the first product first, so whoever waits for a row block waits for blocks that run: blocks need not be resident together.
+struct Progress {
+  int* taken;
+
+  __device__ __forceinline__ int* stored(int row_block) const { return taken + 32 + row_block; }
+
+  // One thread, after a barrier behind the stores of the threads it speaks for.
+  __device__ __forceinline__ void add(int row_block) const {
+    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(stored(row_block)) : "memory");
+  }
+  __device__ __forceinline__ bool reached(int row_block, int parts) const {
+    int value;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(stored(row_block)) : "memory");
+    return value >= parts;
   }
 };
 

@@ -15,14 +15,16 @@ from cumoe.gpu.stacks import strides
 
 RAGGED = (0, 1, 7, 8, 9, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255)
 TILES = [tile for tile in config.CONFIGS if tile.engine == "wgmma"]
+FORMS = [TILES[0]._replace(pairs="woven"), *TILES]
+NUM_SMS = 132
 BAND = 4  # weight blocks that the kernel walks together
 
-each_tile = pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.block_m}x{2 * tile.half}")
+each_tile = pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.block_m}x{tile.weight_rows}")
 
 
 def chosen(*sizes):
     """Return the tile for (num_experts, num_rows, weight_rows) of every stack."""
-    return config.select_config("wgmma", tuple(StackSizes(*size, stacked_pair=False) for size in sizes))
+    return config.select_config("wgmma", tuple(StackSizes(*size) for size in sizes), NUM_SMS)
 
 
 # --- the choice ---
@@ -65,12 +67,13 @@ def test_a_wide_shared_expert_asks_for_a_tile_that_holds_its_rows(rows):
 @pytest.mark.parametrize("rows", RAGGED)
 def test_ragged_rows_get_a_tile_and_a_grid(rows):
     """Without rows there is nothing to launch; with rows, no more blocks than an SM holds."""
-    sizes = (StackSizes(4, rows, 272, True), StackSizes(1, rows, 72, False))
-    tile = config.select_config("wgmma", sizes)
+    sizes = (StackSizes(4, rows, 272), StackSizes(1, rows, 72))
+    tile = config.select_config("wgmma", sizes, NUM_SMS)
     assert tile in TILES
     for shape in (tile, tile.alone()):
-        grid = config.grid_size(shape, sizes, 132)
-        assert grid == min(config.max_tiles(shape, sizes), 132 * shape.blocks_per_sm)
+        tiles = config.max_tiles(shape, sizes)
+        grid = config.grid_size(shape, tiles, NUM_SMS)
+        assert grid == min(tiles, NUM_SMS * shape.blocks_per_sm)
         assert (grid == 0) == (rows == 0)
 
 
@@ -78,9 +81,33 @@ def test_ragged_rows_get_a_tile_and_a_grid(rows):
 def test_a_tile_alone_is_the_same_kernel_with_all_stages(tile):
     """Rows, weight rows and threads are compiled in; stages are not."""
     alone = tile.alone()
-    assert alone[:4] == tile[:4] and alone.threads == tile.threads
+    assert alone[:4] == tile[:4] and alone.halves == tile.halves and alone.threads == tile.threads
     assert (alone.stages, alone.blocks_per_sm) == (tile.stages * tile.blocks_per_sm, 1)
     assert alone.alone() == alone
+
+
+def test_the_smallest_tile_serves_few_tiles():
+    """One more than a few for each SM goes to the next tile."""
+    weight_rows = 64 * config.FEW_TILES * NUM_SMS // 11
+    assert chosen((11, 11, weight_rows)) == TILES[0]
+    assert chosen((11, 11, weight_rows + 1)) == TILES[1]
+
+
+@pytest.mark.parametrize(
+    ("tiles_of_an_sm", "form"),
+    [
+        (config.WOVEN_TILES, TILES[0]._replace(pairs="woven")),
+        (config.ALONE_TILES, TILES[0].alone()),
+        (config.FEW_TILES, TILES[0]),
+    ],
+)
+def test_the_form_of_the_smallest_tile_follows_from_how_many_there_are(tiles_of_an_sm, form):
+    """Up to the limit; larger tiles have one form."""
+    weight_rows = 64 * tiles_of_an_sm * NUM_SMS // 11
+    sizes, more = ((StackSizes(11, 11, rows),) for rows in (weight_rows, weight_rows + 1))
+    assert config.spread(TILES[0], sizes, NUM_SMS) == form
+    assert config.spread(TILES[0], more, NUM_SMS) != form or form == TILES[0]
+    assert all(config.spread(tile, sizes, NUM_SMS) == tile for tile in TILES[1:])
 
 
 # --- how rows are cut: a twin of Tiling::tile ---
@@ -115,8 +142,9 @@ def check_runs(num_rows, block_m):
 def test_ragged_rows_are_covered_once(tile, num_rows):
     """And an expert of its own needs as many tiles as are reserved for it."""
     check_runs(num_rows, tile.block_m)
-    sizes = (StackSizes(1, num_rows, 2 * tile.half, False),)
+    sizes = (StackSizes(1, num_rows, tile.weight_rows),)
     assert len(runs_of(num_rows, tile.block_m)) == config.max_tiles(tile, sizes)
+    assert len(runs_of(num_rows, tile.block_m)) == config.max_row_blocks(tile, num_rows, 1)
 
 
 @given(st.integers(0, 20_000), st.sampled_from(TILES))
@@ -145,8 +173,8 @@ def test_max_tiles_bounds_what_the_kernel_counts(drawn, tile, without_expert):
     sizes, tiles = [], 0
     for rows_of, width, paired in drawn:
         weight_rows = 2 * width if paired else width
-        sizes.append(StackSizes(len(rows_of), sum(rows_of) + without_expert, weight_rows, paired))
-        tiles += sum(len(runs_of(rows, tile.block_m)) for rows in rows_of) * -(-weight_rows // (2 * tile.half))
+        sizes.append(StackSizes(len(rows_of), sum(rows_of) + without_expert, weight_rows))
+        tiles += sum(len(runs_of(rows, tile.block_m)) for rows in rows_of) * -(-weight_rows // tile.weight_rows)
     assert tiles <= config.max_tiles(tile, tuple(sizes)) == config.max_tiles(tile.alone(), tuple(sizes))
 
 
@@ -179,11 +207,11 @@ def placed(array, transposed=False, pad=0, before=0):
 def read_box(memory, call, corner):
     """Return what TMA would write for a box at `corner` (innermost axis first): zeros beyond the lengths."""
     pointer, _, lengths, steps, box = call
-    index = np.indices(box[::-1])[::-1] + np.array(corner).reshape(-1, 1, 1, 1, 1)
+    index = np.indices(box[::-1])[::-1] + np.array(corner).reshape(-1, *[1] * len(box))
     exists = np.logical_and.reduce([(i >= 0) & (i < length) for i, length in zip(index, lengths, strict=True)])
     at = pointer + 2 * index[0] + sum(i * step for i, step in zip(index[1:], steps, strict=True))
     assert (at[exists] < 2 * memory.size).all()
-    return np.where(exists, memory[np.where(exists, at, 0) // 2], 0)[0, 0]
+    return np.where(exists, memory[np.where(exists, at, 0) // 2], 0).reshape(-1, box[0])
 
 
 def check_legal(call):
@@ -197,19 +225,28 @@ def check_legal(call):
 
 def weight_tile(memory, call, order, tile, paired, weight_block, expert, inner):
     """Return the two halves (half, HALF_ROWS, 64) that a stage gets, as load_weights asks for them."""
+    inward = is_inward(tile, paired, order)
     halves = []
     for half in range(2):
-        row = (weight_block if paired else 2 * weight_block + half) * tile.half
-        pair_half = half if paired else 0
-        if order == "inner_major":
-            halves.append(read_box(memory, call, (inner, row, pair_half, expert)))
+        row = (weight_block if paired or inward else 2 * weight_block + half) * tile.half
+        pair_half, position = half if paired else 0, inner + 64 * half if inward else inner
+        if inward and paired:
+            halves.append(read_box(memory, call, (position, 0, 0, row // 16, expert)))
+        elif order == "inner_major":
+            halves.append(read_box(memory, call, (position, row, pair_half, expert)))
         else:
-            boxes = [read_box(memory, call, (row + run, inner, pair_half, expert)) for run in range(0, tile.half, 64)]
+            runs = range(row, row + tile.half, 64)
+            boxes = [read_box(memory, call, (run, position, pair_half, expert)) for run in runs]
             halves.append(np.concatenate([box.T for box in boxes]))
     return np.stack(halves)
 
 
-def wanted_tile(w, layout, tile, paired, weight_block, expert, inner):
+def is_inward(tile, paired, order):
+    """Return whether the halves are the same weight rows at the next inner positions."""
+    return tile.halves == "inner" and (not paired or (tile.pairs == "woven" and order == "inner_major"))
+
+
+def wanted_tile(w, layout, tile, paired, order, weight_block, expert, inner):
     """Return the same from the definition: gate and up rows of the same features, or neighbours."""
     rows = w.shape[1]
     gate, up = {
@@ -217,15 +254,21 @@ def wanted_tile(w, layout, tile, paired, weight_block, expert, inner):
         "interleaved": (range(0, rows, 2), range(1, rows, 2)),
         "ungated": (range(rows), range(rows)),
     }[layout if paired else "ungated"]
+    inward = is_inward(tile, paired, order)
+    if inward and paired:  # eight gate and eight up rows in turn
+        gate = up = [
+            rows[i] for first in range(0, len(gate), 8) for rows in (gate, up) for i in range(first, first + 8)
+        ]
     wanted = np.zeros((2, tile.half, 64), w.dtype)
     for half, those in enumerate((gate, up)):
-        begin = (weight_block if paired else 2 * weight_block + half) * tile.half
-        part = w[expert][list(those[begin : begin + tile.half]), inner : inner + 64]
+        begin = (weight_block if paired or inward else 2 * weight_block + half) * tile.half
+        position = inner + 64 * half if inward else inner
+        part = w[expert][list(those[begin : begin + tile.half]), position : position + 64]
         wanted[half, : part.shape[0], : part.shape[1]] = part
     return wanted
 
 
-@each_tile
+@pytest.mark.parametrize("tile", FORMS, ids=lambda tile: f"{tile.block_m}x{tile.weight_rows}-{tile.pairs}")
 @pytest.mark.parametrize("order", ["inner_major", "row_major"])
 @pytest.mark.parametrize("layout", ["stacked", "interleaved", "ungated"])
 @pytest.mark.parametrize(
@@ -237,14 +280,16 @@ def test_weight_maps_read_the_rows_of_a_tile(encoded, tile, order, layout, shape
         pad = 7 if order == "inner_major" else 0  # rows at multiples of 16 bytes
     w = np.arange(1, 1 + np.prod(shape), dtype=np.uint16).reshape(shape)
     seen, memory = placed(w, transposed=order == "row_major", pad=pad, before=24)
-    tensor_map.weight_map(seen, strides(seen), layout, order, tile.half)
+    tensor_map.weight_map(seen, strides(seen), layout, order, tile)
     (call,) = encoded
     check_legal(call)
     paired = layout == "stacked" or (layout == "interleaved" and order == "inner_major")
-    weight_blocks = -(-shape[1] // (2 * tile.half))
-    for expert, block, inner in product(range(shape[0]), range(weight_blocks), range(0, shape[2], 64)):
+    inward = is_inward(tile, paired, order)
+    weight_blocks = -(-shape[1] // (tile.half if inward else 2 * tile.half))
+    step = 128 if inward else 64
+    for expert, block, inner in product(range(shape[0]), range(weight_blocks), range(0, shape[2], step)):
         got = weight_tile(memory, call, order, tile, paired, block, expert, inner)
-        assert (got == wanted_tile(w, layout, tile, paired, block, expert, inner)).all(), (expert, block, inner)
+        assert (got == wanted_tile(w, layout, tile, paired, order, block, expert, inner)).all(), (expert, block, inner)
 
 
 @pytest.mark.parametrize(
@@ -261,13 +306,27 @@ def test_weight_maps_read_the_rows_of_a_tile(encoded, tile, order, layout, shape
 def test_lengths_and_steps_of_weight_maps(encoded, layout, order, lengths, steps):
     """The numbers themselves, for weights (3, 208, 72); steps in bytes."""
     seen, _ = placed(np.zeros((3, 208, 72), np.uint16), transposed=order == "row_major")
-    tensor_map.weight_map(seen, strides(seen), layout, order, 128)
+    tensor_map.weight_map(seen, strides(seen), layout, order, TILES[-1])
     box = (64, 128 if order == "inner_major" else 64, 1, 1)
     assert encoded == [(0, "bfloat16", lengths, steps, box)]
 
 
+@pytest.mark.parametrize(
+    ("layout", "steps"),
+    [
+        ("stacked", (144, 104 * 144, 8 * 144, 208 * 144)),
+        ("interleaved", (288, 144, 16 * 144, 208 * 144)),
+    ],
+)
+def test_lengths_and_steps_of_woven_pairs(encoded, layout, steps):
+    """The smallest tile reads eight gate and eight up rows in turn; (3, 208, 72) again."""
+    seen, _ = placed(np.zeros((3, 208, 72), np.uint16))
+    tensor_map.weight_map(seen, strides(seen), layout, "inner_major", FORMS[0])
+    assert encoded == [(0, "bfloat16", (72, 8, 2, 13, 3), steps, (64, 8, 2, 4, 1))]
+
+
 @pytest.mark.parametrize(("shape", "pad"), [((200, 72), 0), ((200, 72), 8), ((1, 136), 0), ((9, 8), 0), ((9, 1), 7)])
-@pytest.mark.parametrize("box_rows", [16, 64])
+@pytest.mark.parametrize("box_rows", [8, 16, 64])
 def test_row_maps_read_neighbouring_rows(encoded, shape, pad, box_rows):
     """From any first row; zeros beyond the last row and the last column."""
     a = np.arange(1, 1 + np.prod(shape), dtype=np.uint16).reshape(shape)
@@ -283,7 +342,9 @@ def test_row_maps_read_neighbouring_rows(encoded, shape, pad, box_rows):
 
 
 def test_every_run_of_rows_fits_into_boxes_within_the_stage():
-    """Boxes of 64 and of 16 rows bring a run, rounded up to 16 rows; a stage has no more than the tile's rows."""
+    """Boxes of 64 and of a few rows bring a run; a stage has no more than the tile's rows."""
     for tile in TILES:
-        assert tile.block_m % 16 == 0
-        assert all(-(-rows // 16) * 16 <= tile.block_m for rows in range(1, tile.block_m + 1))
+        box = tile.box_rows
+        assert tile.block_m % box == 0
+        assert all(-(-rows // box) * box <= tile.block_m for rows in range(1, tile.block_m + 1))
+    assert [tile.box_rows for tile in TILES] == [8, 16, 16, 16]

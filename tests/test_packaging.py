@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cumoe.data.routing import GPU_MAX_EXPERTS
-from cumoe.gpu import combine, config, ends, experts, group, route, sources, stacks
+from cumoe.gpu import combine, config, ends, experts, group, grouped_gemm, route, sources, stacks
 from cumoe.gpu.compile import KERNEL_UNIT
 from cumoe.gpu.tensor_map import MAP_BYTES
 
@@ -18,7 +18,7 @@ CUDA = {path.name: path.read_text(encoding="utf-8") for path in sorted(sources.k
 SMALLEST_SHARED_BYTES = 101_376  # what one block may have on sm_86, sm_89 and sm_120
 HOPPER_SHARED_BYTES = 232_448  # the same on sm_90, static shared memory included
 HOPPER_SM_BYTES, RESERVED_BYTES = 233_472, 1024  # of an SM; of them for every block on it
-MAX_GROUPS = GPU_MAX_EXPERTS + stacks.MAX_STACKS
+MAX_GROUPS = GPU_MAX_EXPERTS + grouped_gemm.MAX_STACKS
 
 WGMMA_TILES = [tile for tile in config.CONFIGS if tile.engine == "wgmma"]
 
@@ -53,7 +53,7 @@ def cuda_fields(struct):
 
 def constant(text):
     """Evaluate an expression of numbers and MAX_STACKS."""
-    return eval(text, {"__builtins__": {}}, {"MAX_STACKS": stacks.MAX_STACKS})
+    return eval(text, {"__builtins__": {}}, {"MAX_STACKS": grouped_gemm.MAX_STACKS})
 
 
 def number(name):
@@ -76,10 +76,11 @@ def test_struct_sizes_are_those_that_python_packs():
         for struct, size in re.findall(r"static_assert\(sizeof\((\w+)\) == ([^,]+),", text)
     }
     packed = {struct: twin.itemsize for struct, twin in LAUNCHES.items()}
-    assert asserted == packed | {"GemmLaunch": stacks.LAUNCH_BYTES, "WgmmaLaunch": stacks.WGMMA_LAUNCH_BYTES}
-    tail = 8 + 2 * 4  # a pointer and two int behind the GemmLaunch
-    assert 3 * MAP_BYTES * stacks.MAX_STACKS + stacks.LAUNCH_BYTES + tail <= stacks.WGMMA_LAUNCH_BYTES
-    assert f"MAX_STACKS = {stacks.MAX_STACKS};" in CUDA["stacks.cuh"]
+    portable = grouped_gemm.MAX_STACKS * stacks.STACK.itemsize + grouped_gemm.PORTABLE_TAIL.size
+    assert asserted == packed | {"GemmLaunch": portable, "WgmmaLaunch": grouped_gemm.WGMMA_BYTES}
+    both = 2 * grouped_gemm.MAX_STACKS * (3 * MAP_BYTES + stacks.STACK.itemsize)
+    assert both + grouped_gemm.WGMMA_TAIL.size <= grouped_gemm.WGMMA_BYTES
+    assert f"MAX_STACKS = {grouped_gemm.MAX_STACKS};" in CUDA["stacks.cuh"]
 
 
 @pytest.mark.parametrize("struct", LAUNCHES)
@@ -113,25 +114,22 @@ def test_every_name_that_the_hopper_dispatch_can_form_is_a_kernel():
     for unit in sources.WGMMA_UNITS:
         text = sources.unit_source(unit)
         values = dict(re.findall(r"^#define UNIT_(\w+) (\S+)$", text, re.M))
-        pairings = re.findall(r"GROUPED_GEMM_WGMMA\(NAME##_(\w+), T, SHAPE, ORDER, (\w+)\)", text)
-        assert dict(pairings) == {"paired": "true", "single": "false"}
-        for pairing, _ in pairings:
-            defined[f"{values['NAME']}_{pairing}"] = (values["TYPE"], values["ORDER"], values["SHAPE"], unit)
+        assert re.findall(r"^    UNIT_NAME\(", text, re.M) == ["    UNIT_NAME("]
+        defined[values["NAME"]] = (values["TYPE"], values["ORDER"], values["SHAPE"], unit)
     named = {
-        f"grouped_gemm_wgmma_{dtype}_{order}_{tile.block_m}x{2 * tile.half}_{pairing}": (
+        f"grouped_gemm_wgmma_{dtype}_{order}_{tile.block_m}x{tile.weight_rows}": (
             {"bfloat16": "bf16", "float16": "fp16"}[dtype],
             order.upper(),
-            f"hopper::Shape{tile.block_m}x{2 * tile.half}",
-            f"grouped_gemm_wgmma_{dtype}_{order}_{tile.block_m}x{2 * tile.half}",
+            f"hopper::Shape{tile.block_m}x{tile.weight_rows}",
+            f"grouped_gemm_wgmma_{dtype}_{order}_{tile.block_m}x{tile.weight_rows}",
         )
         for dtype in ("bfloat16", "float16")
         for order in ("inner_major", "row_major")
         for tile in WGMMA_TILES
-        for pairing in ("paired", "single")
     }
     assert defined == named
     for name, (*_, unit) in named.items():
-        assert {of for start, of in KERNEL_UNIT.items() if name.startswith(start + "_")} == {unit}
+        assert {of for start, of in KERNEL_UNIT.items() if name == start or name.startswith(start + "_")} == {unit}
 
 
 def test_tiles_are_those_of_the_kernels():
@@ -139,7 +137,7 @@ def test_tiles_are_those_of_the_kernels():
     fields = r"HALF = (\d+), BLOCK_K = (\d+), STAGES = (\d+), BLOCKS_PER_SM = (\d+)"
     shapes = re.findall(rf"struct TileShape<(\d+)> {{[^=]*{fields}", CUDA["grouped_gemm_mma.cuh"])
     simt = re.search(r"BLOCK_M = (\d+), HALF = (\d+), .*BLOCK_K = (\d+), THREADS = (\d+)", CUDA["grouped_gemm_simt.cu"])
-    assert [tuple(map(int, shape)) for shape in shapes] == [tuple(c[1:]) for c in config.CONFIGS if c.engine == "mma"]
+    assert [tuple(map(int, shape)) for shape in shapes] == [tuple(c[1:6]) for c in config.CONFIGS if c.engine == "mma"]
     assert [tuple(c[1:4]) for c in config.CONFIGS if c.engine == "simt"] == [tuple(map(int, simt.groups()[:3]))]
     assert int(simt[4]) == config.THREADS
     assert f"THREADS = {config.THREADS}," in CUDA["grouped_gemm_mma.cuh"]
@@ -148,14 +146,15 @@ def test_tiles_are_those_of_the_kernels():
 def test_hopper_tiles_are_those_of_the_kernels():
     """Rows, warpgroups and blocks of an SM as the sources have them; a warpgroup has 64 weight rows of each half."""
     text = "\n".join(CUDA.values())
-    shapes = re.findall(r"using Shape(\d+)x(\d+) = (?:hopper::)?TileShape<(\d+), (\d+), (\d+)>;", text)
+    shapes = re.findall(r"using Shape(\d+)x(\d+) = (?:hopper::)?TileShape<(\d+), (\d+), (\d+), (\w+)>;", text)
     inner = int(re.search(r"\bBLOCK_K = (\d+), ROW_BYTES = ", text)[1])
     assert len(shapes) == len(WGMMA_TILES)
     for shape, tile in zip(shapes, WGMMA_TILES, strict=True):
-        rows, weight_rows, block_m, consumers, blocks = map(int, shape)
-        assert (rows, weight_rows) == (block_m, 2 * 64 * consumers)
+        rows, weight_rows, block_m, consumers, blocks = map(int, shape[:5])
+        assert shape[5] == tile.halves.upper()
+        assert (rows, weight_rows) == (block_m, tile.weight_rows)
         assert (block_m, 64 * consumers, inner, blocks) == (tile.block_m, tile.half, tile.block_k, tile.blocks_per_sm)
-        assert tile.threads == number("PRODUCERS") + consumers * number("WARPGROUP")
+        assert tile.threads == (2 + consumers) * number("WARPGROUP")
         assert 2 <= tile.stages <= tile.alone().stages <= number("MAX_STAGES")
 
 
@@ -175,8 +174,10 @@ def test_shared_memory_suffices_everywhere(tile):
 
 def hopper_bytes(tile, num_groups):
     """Return the shared memory of a block, with what the kernel declares: ring, barriers, totals of the scan."""
-    ring = number("RING") * (3 * tile.block_m * 4 + 32)
-    barriers = 8 * (2 * number("MAX_STAGES") + 2 * number("RING"))
+    places = 2 if tile.block_m > 64 else 4
+    assert "RING = ROWS > 64 ? 2 : 4;" in CUDA["tiles_sm90.cuh"]
+    ring = places * (3 * tile.block_m * 4 + 32)
+    barriers = 8 * (2 * number("MAX_STAGES") + 3 * places + 1)
     return tile.shared_bytes(num_groups) + ring + barriers + tile.threads // 32 * 4
 
 
@@ -185,7 +186,7 @@ def test_shared_memory_of_hopper_suffices(tile):
     """One block with as many groups as a launch can have; as many blocks as are wanted with 512 experts."""
     for shape in (tile, tile.alone()):
         assert hopper_bytes(shape, MAX_GROUPS) <= HOPPER_SHARED_BYTES
-    block = hopper_bytes(tile, 512 + stacks.MAX_STACKS) + RESERVED_BYTES
+    block = hopper_bytes(tile, 512 + grouped_gemm.MAX_STACKS) + RESERVED_BYTES
     assert tile.blocks_per_sm * block <= HOPPER_SM_BYTES
 
 
@@ -202,12 +203,12 @@ def test_max_tiles_bounds_the_tiles_of_any_routing(drawn, tile, without_expert):
     sizes, tiles = [], 0
     for rows_of, width, paired in drawn:
         weight_rows = 2 * width if paired else width
-        sizes.append(config.StackSizes(len(rows_of), sum(rows_of) + without_expert, weight_rows, paired))
+        sizes.append(config.StackSizes(len(rows_of), sum(rows_of) + without_expert, weight_rows))
         per_block = tile.half * (1 if paired else 2)
         n_blocks = -(-width // per_block)
         tiles += sum(-(-rows // tile.block_m) for rows in rows_of) * n_blocks
     assert tiles <= config.max_tiles(tile, tuple(sizes))
-    grid = config.grid_size(tile, tuple(sizes), 132)
+    grid = config.grid_size(tile, config.max_tiles(tile, tuple(sizes)), 132)
     assert 0 <= grid <= 132 * tile.blocks_per_sm
     assert grid > 0 or tiles == 0
 
@@ -215,7 +216,7 @@ def test_max_tiles_bounds_the_tiles_of_any_routing(drawn, tile, without_expert):
 @given(st.sampled_from(["mma", "simt"]), st.integers(1, 64), st.integers(0, 10_000))
 def test_the_chosen_tile_holds_the_mean_expert_or_is_the_largest(engine, num_experts, num_rows):
     """And no smaller tile would hold it."""
-    tile = config.select_config(engine, (config.StackSizes(num_experts, num_rows, 64, False),))
+    tile = config.select_config(engine, (config.StackSizes(num_experts, num_rows, 64),), 132)
     mean = -(-num_rows // num_experts)
     heights = [other.block_m for other in config.CONFIGS if other.engine == engine]
     assert tile in config.CONFIGS

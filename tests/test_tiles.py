@@ -9,7 +9,7 @@ import pytest
 from support import DTYPES, GPU, assert_close, gpu_is_there, random_layer
 
 import cumoe
-from cumoe.gpu import config, stacks
+from cumoe.gpu import config, grouped_gemm
 from cumoe.gpu.compile import has_wgmma
 
 pytestmark = [
@@ -18,10 +18,16 @@ pytestmark = [
 ]
 
 COUNTS = (
-    0, 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 111, 112, 113, 127, 128, 129, 191, 192, 193, 255,
+    0, 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 143, 144, 145, 191, 192, 193, 255,
 )  # fmt: skip
 FEW = (0, 1, 8, 31)  # fewer tiles than SMs, whatever the tile: a block has an SM for itself
-TILES = {f"{tile.block_m}x{2 * tile.half}": tile for tile in config.CONFIGS if tile.engine == "wgmma"}
+TILES = {f"{tile.block_m}x{tile.weight_rows}": tile for tile in config.CONFIGS if tile.engine == "wgmma"}
+SMALLEST = next(iter(TILES))
+FORMS = {
+    f"{SMALLEST} woven": TILES[SMALLEST]._replace(pairs="woven"),
+    f"{SMALLEST} alone": TILES[SMALLEST].alone(),
+    **TILES,
+}
 LAYERS = {
     "silu": {"activation": "silu", "layout": "stacked"},
     "relu2": {"activation": "relu2", "layout": "ungated"},
@@ -33,15 +39,9 @@ LAYERS = {
     "clamped_after": {"activation": cumoe.Activation("silu", limit=0.5, clamp="after"), "layout": "stacked"},
 }
 
-each_tile = pytest.mark.parametrize("tile", TILES)
+each_tile = pytest.mark.parametrize("tile", FORMS)
 each_order = pytest.mark.parametrize("order", ["inner_major", "row_major"])
 each_dtype = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-
-
-def pairing_of(kind, order):
-    """Return whether the first projection takes its weights in pairs; the second never does."""
-    layout = LAYERS[kind]["layout"]
-    return "paired" if layout == "stacked" or (layout == "interleaved" and order == "inner_major") else "single"
 
 
 @lru_cache
@@ -70,32 +70,32 @@ def copied(layer):
 
 @pytest.fixture
 def force(monkeypatch):
-    """Return a function that has every Hopper launch use one tile; it gives what was chosen and launched since."""
-    select, launch = stacks.select_config, stacks.launch
+    """Return a function that makes every Hopper launch use one form of a tile; it gives what was launched since."""
+    select, launch = grouped_gemm.select_config, grouped_gemm.launch
 
     def force_tile(name):
         seen = SimpleNamespace(engines=[], kernels=[])
 
-        def forced(engine, sizes):
+        def forced(engine, sizes, num_multiprocessors):
             seen.engines.append(engine)
-            return TILES[name] if engine == "wgmma" else select(engine, sizes)
+            return FORMS[name] if engine == "wgmma" else select(engine, sizes, num_multiprocessors)
 
         def recorded(kernel, *arguments, **options):
             seen.kernels.append(kernel)
             launch(kernel, *arguments, **options)
 
-        monkeypatch.setattr("cumoe.gpu.stacks.select_config", forced)
-        monkeypatch.setattr("cumoe.gpu.stacks.launch", recorded)
+        monkeypatch.setattr("cumoe.gpu.grouped_gemm.select_config", forced)
+        monkeypatch.setattr("cumoe.gpu.grouped_gemm.spread", lambda config, *_: config)
+        monkeypatch.setattr("cumoe.gpu.grouped_gemm.launch", recorded)
         return seen
 
     return force_tile
 
 
-def check_chosen(seen, tile, dtype, order, kind, runs=1):
-    """Fail unless both projections, routed and shared together, ran on this tile and nothing else did."""
-    pairings = [pairing_of(kind, order), "single"] * runs
-    assert seen.engines == ["wgmma"] * len(pairings)
-    assert seen.kernels == [f"grouped_gemm_wgmma_{dtype}_{order}_{tile}_{pairing}" for pairing in pairings]
+def check_chosen(seen, tile, dtype, order, runs=1):
+    """Fail unless both projections, routed and shared together, ran in one launch on this tile and nothing else did."""
+    assert seen.engines == ["wgmma"] * runs
+    assert seen.kernels == [f"grouped_gemm_wgmma_{dtype}_{order}_{tile.split()[0]}"] * runs
 
 
 def fill_pool_with_nan():
@@ -115,7 +115,7 @@ def test_ragged_rows(force, tile, dtype, order, kind):
     fill_pool_with_nan()
     y = ragged_layer(dtype, order, kind).run(GPU)
     assert_close(y, expected(dtype, kind), dtype, tile)
-    check_chosen(seen, tile, dtype, order, kind)
+    check_chosen(seen, tile, dtype, order)
 
 
 @each_tile
@@ -126,7 +126,7 @@ def test_activations_and_interleaved_pairs(force, tile, order, kind):
     seen = force(tile)
     y = ragged_layer("bfloat16", order, kind).run(GPU)
     assert_close(y, expected("bfloat16", kind), "bfloat16", f"{tile} {kind}")
-    check_chosen(seen, tile, "bfloat16", order, kind)
+    check_chosen(seen, tile, "bfloat16", order)
 
 
 @each_tile
@@ -137,7 +137,7 @@ def test_weights_anywhere(force, tile, kind, weight_on):
     seen = force(tile)
     y = ragged_layer("bfloat16", "inner_major", kind, COUNTS, weight_on).run(GPU)
     assert_close(y, expected("bfloat16", kind, COUNTS, weight_on), "bfloat16", f"{tile} {weight_on}")
-    check_chosen(seen, tile, "bfloat16", "inner_major", kind)
+    check_chosen(seen, tile, "bfloat16", "inner_major")
 
 
 @each_tile
@@ -148,7 +148,7 @@ def test_a_few_rows(force, tile, dtype, order):
     seen = force(tile)
     y = ragged_layer(dtype, order, "silu", FEW).run(GPU)
     assert_close(y, expected(dtype, "silu", FEW), dtype, tile)
-    check_chosen(seen, tile, dtype, order, "silu")
+    check_chosen(seen, tile, dtype, order)
 
 
 @each_dtype
@@ -158,11 +158,11 @@ def test_every_tile_gives_the_same_bits(force, dtype, order, kind):
     """The order of sums does not depend on the tile: dispatch, which comes first here, changes speed alone."""
     layer = ragged_layer(dtype, order, kind)
     own_choice, differing = layer.run(GPU).tobytes(), []
-    for tile in TILES:
+    for tile in FORMS:
         seen = force(tile)
         if layer.run(GPU).tobytes() != own_choice:
             differing.append(tile)
-        check_chosen(seen, tile, dtype, order, kind)
+        check_chosen(seen, tile, dtype, order)
     assert differing == []
 
 
@@ -186,7 +186,7 @@ def test_nan_that_nobody_uses_stays_where_it_is(force, tile, order, shared_sizes
     assert spoiled[~unused].tobytes() == clean[~unused].tobytes(), tile
     own = spoiled[unused].astype(np.float32)
     assert np.isnan(own).all() if shared_sizes else not own.any()
-    check_chosen(seen, tile, "bfloat16", order, "silu", runs=2)
+    check_chosen(seen, tile, "bfloat16", order, runs=2)
 
 
 @each_tile
@@ -218,12 +218,12 @@ def test_a_graph_gives_the_same_bits_at_every_replay(force, tile):
             assert GPU.asnumpy(y).tobytes() == wanted.tobytes(), (tile, replay)
     ones = replace(layer, topk_weights=np.ones_like(layer.topk_weights))
     assert_close(wanted, ones.run(GPU), "bfloat16", tile)
-    check_chosen(seen, tile, "bfloat16", "inner_major", "silu", runs=3)
+    check_chosen(seen, tile, "bfloat16", "inner_major", runs=3)
 
 
 @each_tile
 def test_more_stacks_and_tiles_than_one_launch_takes(force, tile):
-    """The second launch of a projection has more tiles than blocks, and counts its own from zero."""
+    """Four launches, two for each projection; each deals out more tiles than it has blocks."""
     seen = force(tile)
     layer = ragged_layer("bfloat16", "inner_major", "silu", COUNTS, "output", (136, 392) * 7)
     fill_pool_with_nan()

@@ -16,14 +16,27 @@ class TileConfig(NamedTuple):
     block_k: int
     stages: int  # tiles in dynamic shared memory; simt keeps its single one in static shared memory
     blocks_per_sm: int
+    halves: str = "rows"  # what the halves are, or "inner": see Halves in kernels/tiles_sm90.cuh
+    pairs: str = "halves"  # how gate and up rows lie in a tile, or "woven" where halves are "inner"
+    slab_rows: int = 0  # rows of results that wgmma stores at a time
+
+    @property
+    def weight_rows(self) -> int:
+        """Weight rows of a tile."""
+        return self.half if self.halves == "inner" else 2 * self.half
 
     @property
     def threads(self) -> int:
-        """Threads of a block; with wgmma a warpgroup that brings operands and one for every 64 rows of a half."""
-        return WARPGROUP * (1 + self.half // 64) if self.engine == "wgmma" else THREADS
+        """Threads of a block; with wgmma two warpgroups that bring operands and one for every 64 rows of a half."""
+        return WARPGROUP * (2 + self.half // 64) if self.engine == "wgmma" else THREADS
+
+    @property
+    def box_rows(self) -> int:
+        """Rows that TMA brings at a time where fewer than 64 are left."""
+        return 16 if self.block_m > 16 else 8
 
     def alone(self) -> "TileConfig":
-        """Return the same tile for a grid that has an SM for each block: one block takes the stages of all."""
+        """Return the same tile where one block an SM takes the stages of all."""
         return self._replace(stages=self.stages * self.blocks_per_sm, blocks_per_sm=1)
 
     def shared_bytes(self, num_groups: int) -> int:
@@ -32,18 +45,19 @@ class TileConfig(NamedTuple):
         With wgmma the stages begin at a multiple of 1024, and between them and the offsets (int32, else int64) lies a
         slab of results for each warpgroup that multiplies.
         """
-        stages = self.stages * (self.block_m + 2 * self.half) * self.block_k * 2
+        token_rows = 2 * self.block_m if self.halves == "inner" else self.block_m
+        stages = self.stages * (token_rows + 2 * self.half) * self.block_k * 2
         if self.engine != "wgmma":
             return stages + 8 * (num_groups + 1)
-        slab = max(self.block_m * 128, SMALLEST_SLAB_BYTES)
+        slab = max(self.slab_rows * 128, SMALLEST_SLAB_BYTES)
         return 1024 + stages + self.half // 64 * slab + 4 * (num_groups + 1)
 
 
 CONFIGS = (
-    TileConfig("wgmma", block_m=32, half=64, block_k=64, stages=5, blocks_per_sm=2),
-    TileConfig("wgmma", block_m=64, half=128, block_k=64, stages=5, blocks_per_sm=1),
-    TileConfig("wgmma", block_m=112, half=128, block_k=64, stages=4, blocks_per_sm=1),
-    TileConfig("wgmma", block_m=192, half=128, block_k=64, stages=3, blocks_per_sm=1),
+    TileConfig("wgmma", block_m=16, half=64, block_k=64, stages=5, blocks_per_sm=2, halves="inner", slab_rows=16),
+    TileConfig("wgmma", block_m=64, half=128, block_k=64, stages=5, blocks_per_sm=1, slab_rows=64),
+    TileConfig("wgmma", block_m=144, half=128, block_k=64, stages=4, blocks_per_sm=1, slab_rows=64),
+    TileConfig("wgmma", block_m=192, half=128, block_k=64, stages=3, blocks_per_sm=1, slab_rows=192),
     TileConfig("mma", block_m=16, half=64, block_k=64, stages=4, blocks_per_sm=3),
     TileConfig("mma", block_m=64, half=64, block_k=64, stages=3, blocks_per_sm=2),
     TileConfig("mma", block_m=128, half=128, block_k=32, stages=3, blocks_per_sm=1),
@@ -51,8 +65,14 @@ CONFIGS = (
 )
 """Every tile that a kernel is compiled for, the smaller ones of an engine first."""
 
-WGMMA_MEAN_ROWS = {32: 4, 64: 24, 112: 48, 192: 192}
+SMALLEST_WGMMA_TILE = next(config for config in CONFIGS if config.engine == "wgmma")
+
+WGMMA_MEAN_ROWS = {16: 4, 64: 24, 144: 384, 192: 192}
 """Up to how many rows an expert has on average a wgmma tile is chosen, by its rows; beyond all, the last one."""
+
+WOVEN_TILES, ALONE_TILES, FEW_TILES = 3, 10, 18
+"""Up to how many tiles an SM has in the first product, the smallest wgmma tile weaves pairs, has an SM for itself, and
+serves at all: with few tiles, small ones leave fewer SMs idle at the end; with many, large ones read memory faster."""
 
 
 class StackSizes(NamedTuple):
@@ -61,14 +81,14 @@ class StackSizes(NamedTuple):
     num_experts: int
     num_rows: int  # all rows of the stack
     weight_rows: int
-    stacked_pair: bool
 
 
-def select_config(engine: str, stacks: tuple[StackSizes, ...]) -> TileConfig:
-    """Return the smallest tile that suits the mean number of rows of an expert of the first stack, or the largest.
+def select_config(engine: str, stacks: tuple[StackSizes, ...], num_multiprocessors: int) -> TileConfig:
+    """Return the tile for these stacks of the first product.
 
-    With wgmma a tile also has to hold the rows of the other stacks if these do at least as much work as the first:
-    else the weights of a wide shared expert would be read once for every few rows.
+    It is the smallest one that suits the mean number of rows of an expert of the first stack, or the largest. With
+    wgmma it also has to hold the rows of the other stacks if these do at least as much work as the first: else the
+    weights of a wide shared expert would be read once for every few rows. The smallest one serves only few tiles.
     """
     first, *others = stacks
     mean_rows = -(-first.num_rows // first.num_experts)
@@ -77,6 +97,8 @@ def select_config(engine: str, stacks: tuple[StackSizes, ...]) -> TileConfig:
         return next((config for config in configs if config.block_m >= mean_rows), configs[-1])
     work, other_work = (sum(stack.num_rows * stack.weight_rows for stack in some) for some in ((first,), others))
     rows_to_hold = max((stack.num_rows for stack in others), default=0) if other_work >= work else 0
+    if max_tiles(SMALLEST_WGMMA_TILE, stacks) > FEW_TILES * num_multiprocessors:
+        configs.remove(SMALLEST_WGMMA_TILE)
     suiting = (
         config for config in configs if WGMMA_MEAN_ROWS[config.block_m] >= mean_rows and config.block_m >= rows_to_hold
     )
@@ -84,16 +106,29 @@ def select_config(engine: str, stacks: tuple[StackSizes, ...]) -> TileConfig:
 
 
 def max_tiles(config: TileConfig, stacks: tuple[StackSizes, ...]) -> int:
-    """Return an upper bound of the tiles for any routing: an expert that has rows adds at most one partial tile."""
+    """Return an upper bound of the tiles of one product for any routing: an expert adds at most one partial tile."""
     total = 0
     for stack in stacks:
-        rows, per_block = (stack.weight_rows // 2, 1) if stack.stacked_pair else (stack.weight_rows, 2)
-        n_blocks = -(-rows // (per_block * config.half))
-        hit = min(stack.num_experts, stack.num_rows)
-        total += n_blocks * ((stack.num_rows - hit) // config.block_m + hit)
+        total += -(-stack.weight_rows // config.weight_rows) * max_row_blocks(config, stack.num_rows, stack.num_experts)
     return total
 
 
-def grid_size(config: TileConfig, stacks: tuple[StackSizes, ...], num_multiprocessors: int) -> int:
-    """Return the number of persistent blocks."""
-    return min(max_tiles(config, stacks), num_multiprocessors * config.blocks_per_sm)
+def max_row_blocks(config: TileConfig, num_rows: int, num_experts: int) -> int:
+    """Return an upper bound of the runs of rows that a tile takes, for any routing."""
+    hit = min(num_experts, num_rows)
+    return (num_rows - hit) // config.block_m + hit
+
+
+def spread(config: TileConfig, stacks: tuple[StackSizes, ...], num_multiprocessors: int) -> TileConfig:
+    """Return the tile in the form that suits the number of tiles of the first product: see `WOVEN_TILES`."""
+    if config.halves == "rows":
+        return config
+    tiles = max_tiles(config, stacks)
+    if tiles <= WOVEN_TILES * num_multiprocessors:
+        return config._replace(pairs="woven")
+    return config.alone() if tiles <= ALONE_TILES * num_multiprocessors else config
+
+
+def grid_size(config: TileConfig, tiles: int, num_multiprocessors: int) -> int:
+    """Return the number of persistent blocks for at most so many tiles."""
+    return min(tiles, num_multiprocessors * config.blocks_per_sm)

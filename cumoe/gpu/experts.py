@@ -9,7 +9,9 @@ from cumoe.data.routing import Routing
 from cumoe.data.weights import ExpertWeights, SharedExperts
 from cumoe.door.arrays import cupy
 from cumoe.gpu.compile import has_wgmma, launch
-from cumoe.gpu.stacks import ExpertStack, run, strides, weight_order
+from cumoe.gpu.config import SMALLEST_WGMMA_TILE, max_row_blocks
+from cumoe.gpu.grouped_gemm import run, run_both
+from cumoe.gpu.stacks import ExpertStack, strides, weight_order
 from cumoe.gpu.structs import Struct
 
 Buffers = dict[str, tuple[tuple[int, ...], np.dtype]]
@@ -20,6 +22,9 @@ GATE_LAUNCH = Struct(
     int32=("num_tokens", "hidden_size"),
 )
 GATE_WARPS = 8
+
+COUNTERS_BEGIN = 32
+"""Where the counters of row blocks begin in "progress": see Progress in kernels/tiles_sm90.cuh."""
 
 MIN_HIDDEN_SIZE = 64
 """Below it the down projection reads float32 hidden rows on float32 units: the errors of rounded hidden rows average
@@ -44,10 +49,17 @@ def buffers(num_tokens: int, top_k: int, weights: ExpertWeights, shared: tuple[S
         "rows": ((num_tokens * top_k, hidden_size), row_dtype),
         "shared_rows": ((num_shared, num_tokens, hidden_size), row_dtype),
         "shared_gates": ((num_shared, num_tokens), float32),
+        "progress": ((_num_progress(num_tokens, top_k, weights, num_shared),), np.dtype(np.int32)),
     }
     for s, own in enumerate(shared_weights):
         wanted[f"shared_hidden_{s}"] = _hidden_buffer(num_tokens, own)
     return wanted
+
+
+def _num_progress(num_tokens: int, top_k: int, weights: ExpertWeights, num_shared: int) -> int:
+    """Return how many integers the one launch of both projections counts with, which the grouping clears."""
+    routed = max_row_blocks(SMALLEST_WGMMA_TILE, num_tokens * top_k, weights.w_down.shape[0])
+    return COUNTERS_BEGIN + routed + num_shared * max_row_blocks(SMALLEST_WGMMA_TILE, num_tokens, 1)
 
 
 def _hidden_buffer(num_rows: int, weights: ExpertWeights) -> tuple[tuple[int, ...], np.dtype]:
@@ -105,9 +117,7 @@ def forward(
             first.append(_gate_up(x, own, hidden, num_rows=num_tokens))
             second.append(_down(hidden, own, out["shared_rows"][s], num_rows=num_tokens, scale_out=gates))
             s += 1
-    counters = out.get("next_positions")  # zeroed by the grouping; without it tiles are dealt out evenly
-    run(first, next_position=None if counters is None else counters[:1])
-    run(second, weights_first=True, next_position=None if counters is None else counters[1:])
+    run_both(first, second, out["progress"])
     return out["rows"], out["shared_rows"]
 
 

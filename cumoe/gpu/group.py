@@ -25,9 +25,9 @@ LAUNCH = Struct(
         "expert_offsets",
         "tokens_per_expert",
         "counts",
-        "next_positions",
+        "progress",
     ),
-    int32=("num_slots", "num_experts", "slots_per_block", "padding"),
+    int32=("num_slots", "num_experts", "slots_per_block", "num_progress"),
 )
 
 
@@ -44,13 +44,12 @@ def buffers(num_tokens: int, top_k: int, num_experts: int) -> dict[str, tuple[tu
         "expert_offsets": ((num_experts + 1,), int32),
         "tokens_per_expert": ((num_experts,), int32),
         "inverse_permutation": ((num_tokens, top_k), int32),
-        "next_positions": ((2,), int32),
         "counts": ((num_blocks(num_tokens * top_k), num_experts + 1), int32),
     }
 
 
 def group(ids: Any, num_experts: int, out: dict[str, Any] | None = None) -> Groups:
-    """Sort the slots on the current stream, into the arrays `out` if they are given."""
+    """Sort the slots on the current stream, into the arrays `out` if they are given; clears `out["progress"]` too."""
     num_tokens, top_k = ids.shape
     num_slots = num_tokens * top_k
     if out is None:
@@ -67,11 +66,11 @@ def group(ids: Any, num_experts: int, out: dict[str, Any] | None = None) -> Grou
         topk_ids=ids,
         **groups._asdict(),
         counts=out["counts"],
-        next_positions=out["next_positions"],
+        progress=out.get("progress"),
         num_slots=num_slots,
         num_experts=num_experts,
         slots_per_block=-(-num_slots // (blocks * threads)) * threads,
-        padding=0,
+        num_progress=out["progress"].size if "progress" in out else 0,
     )
     counters = 4 * (num_experts + 1)
     if blocks > 1:

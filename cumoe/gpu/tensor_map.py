@@ -7,17 +7,18 @@ from typing import Any
 import numpy as np
 
 from cumoe.data.weights import Layout
+from cumoe.gpu.config import TileConfig
 from cumoe.gpu.driver import driver
 
 MAP_BYTES = 128
+EIGHT = 8  # rows of gate or up that follow each other in a woven pair
 RUN = 64  # rows of 128 bytes in a shared-memory box, and elements in one of them
 
 _ENCODED_DTYPES = {"float16": 6, "bfloat16": 9}  # CUtensorMapDataType
 _NO_INTERLEAVE, _SWIZZLE_128B, _PROMOTE_TO_L2_256B, _FILL_ZEROS = 0, 3, 3, 0
-_RANK = 4
 
 
-def weight_map(w: Any, strides: tuple[int, ...], layout: Layout, order: str, half_rows: int) -> bytes:
+def weight_map(w: Any, strides: tuple[int, ...], layout: Layout, order: str, config: TileConfig) -> bytes:
     """Return the 128 bytes of the map of a weight array.
 
     Parameters
@@ -28,8 +29,10 @@ def weight_map(w: Any, strides: tuple[int, ...], layout: Layout, order: str, hal
     layout : str
         "stacked" and "interleaved" pairs get an axis of length 2, which chooses gate or up; "ungated" one of length 1.
     order : {"inner_major", "row_major"}
-    half_rows : int
-        Weight rows in one of the two halves of a tile.
+        The map is (expert, half, row, inner) or (expert, half, inner, row).
+    config : TileConfig
+        Where it weaves pairs, those of inner_major weights become (expert, rows / 8, half, 8, inner): a box has
+        eight gate and eight up rows in turn.
 
     Raises
     ------
@@ -45,12 +48,19 @@ def weight_map(w: Any, strides: tuple[int, ...], layout: Layout, order: str, hal
     between_halves = {"ungated": 8, "stacked": rows * row_stride, "interleaved": row_stride}[layout]
     if layout == "interleaved":
         row_stride *= 2
-    if order == "inner_major":
-        lengths, step, box = (inner, rows, halves, num_experts), row_stride, (RUN, half_rows, 1, 1)
+    lengths: tuple[int, ...]
+    all_steps: tuple[int, ...]
+    box: tuple[int, ...]
+    if order == "row_major":
+        lengths, all_steps, box = (rows, inner, halves), (inner_stride, between_halves), (RUN, RUN, 1)
+    elif halves == 2 and config.pairs == "woven":
+        lengths, all_steps = (inner, EIGHT, 2, rows // EIGHT), (row_stride, between_halves, EIGHT * row_stride)
+        box = (RUN, EIGHT, 2, config.half // 2 // EIGHT)
     else:
-        lengths, step, box = (rows, inner, halves, num_experts), inner_stride, (RUN, RUN, 1, 1)
+        lengths, all_steps, box = (inner, rows, halves), (row_stride, between_halves), (RUN, config.half, 1)
+    lengths, all_steps, box = (*lengths, num_experts), (*all_steps, expert_stride), (*box, 1)
     # An axis of length 1 is never walked, but its stride has to be a positive multiple of 16 bytes all the same.
-    steps = zip((step, between_halves, expert_stride), lengths[1:], strict=True)
+    steps = zip(all_steps, lengths[1:], strict=True)
     return _encode(w.data.ptr, w.dtype.name, lengths, tuple(2 * (s if length > 1 else 8) for s, length in steps), box)
 
 
