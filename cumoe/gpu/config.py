@@ -23,7 +23,7 @@ class TileConfig(NamedTuple):
         return WARPGROUP * (1 + self.half // 64) if self.engine == "wgmma" else THREADS
 
     def alone(self) -> "TileConfig":
-        """Return the same tile for a grid that has an SM for each block: one block takes the stages of all."""
+        """Return the same tile where one block an SM takes the stages of all."""
         return self._replace(stages=self.stages * self.blocks_per_sm, blocks_per_sm=1)
 
     def shared_bytes(self, num_groups: int) -> int:
@@ -50,6 +50,10 @@ CONFIGS = (
     TileConfig("simt", block_m=64, half=32, block_k=16, stages=0, blocks_per_sm=2),
 )
 """Every tile that a kernel is compiled for, the smaller ones of an engine first."""
+
+ALONE_TILES = 4
+"""Up to how many tiles for each SM one block with all stages takes the place of two: fewer tiles than that are long for
+their number, and a block by itself keeps twice the bytes on their way."""
 
 WGMMA_MEAN_ROWS = {32: 4, 64: 24, 112: 48, 192: 192}
 """Up to how many rows an expert has on average a wgmma tile is chosen, by its rows; beyond all, the last one."""

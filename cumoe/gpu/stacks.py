@@ -11,7 +11,7 @@ from cumoe.data.activation import CLAMPS, NAMES, Activation
 from cumoe.data.weights import Layout
 from cumoe.door.arrays import cupy
 from cumoe.gpu.compile import has_wgmma, launch, num_multiprocessors
-from cumoe.gpu.config import CONFIGS, StackSizes, TileConfig, grid_size, max_tiles, select_config
+from cumoe.gpu.config import ALONE_TILES, CONFIGS, StackSizes, TileConfig, grid_size, max_tiles, select_config
 from cumoe.gpu.structs import Struct, by_value
 from cumoe.gpu.tensor_map import MAP_BYTES, row_map, weight_map
 
@@ -172,7 +172,7 @@ def _launch(
     sizes = tuple(stack.sizes for stack in stacks)
     num_sms = num_multiprocessors(cupy.cuda.runtime.getDevice())
     config = select_config(engine, sizes)
-    if engine == "wgmma" and max_tiles(config, sizes) <= num_sms:
+    if engine == "wgmma" and max_tiles(config, sizes) <= ALONE_TILES * num_sms:
         config = config.alone()
     packed = b"".join(stack.pack() for stack in stacks).ljust(STACK.itemsize * MAX_STACKS, b"\0")
     packed += struct.pack("=2i", len(stacks), stacks[0].c.dtype == np.float32)
