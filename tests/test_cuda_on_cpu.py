@@ -20,9 +20,9 @@ from cumoe.gpu.sources import kernels_directory
 
 TESTS = Path(__file__).resolve().parent
 SUITES = {
-    "test_moe.py": 45,
+    "test_moe.py": 38,
     "cuda_on_cpu/portable_tiles.py": 150,
-    "test_grouped_gemm.py": 50,
+    "test_grouped_gemm.py": 38,
     "test_route.py": 120,
     "test_layer.py": 30,
     "test_group.py": 60,
@@ -32,8 +32,13 @@ SUITES = {
 }
 """The files whose GPU half runs here, the slowest first, and how many tests that is at least."""
 
-NOT_HERE = "not captured and not graph and not threads and not allocate_nothing"
-"""Streams, graphs and memory pools are CuPy's, not the kernels'."""
+NOT_HERE = " and ".join(
+    f"not {words}"
+    for words in (
+        *("captured", "graph", "threads", "allocate_nothing"),  # streams, graphs and pools are CuPy's, not the kernels'
+        *("every_time", "many_tokens", "(normal_numbers and 400)"),  # here every run is the same; long without more
+    )
+)
 
 TIMEOUT_S = 140
 
@@ -55,11 +60,11 @@ def sanitized(library, *arguments):
     """Run Python under the sanitizers, with the library that it shall use."""
     libraries = [
         subprocess.run([build.compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True)
-        for name in ("libasan.so", "libstdc++.so")  # the second first needs to be found by the first: it throws
+        for name in ("libasan.so", "libstdc++.so")  # the first looks for what throws in the second, when it starts
     ]
-    environment = os.environ | {
+    changed = {
         "LD_PRELOAD": ":".join(found.stdout.strip() for found in libraries),
-        "ASAN_OPTIONS": "detect_leaks=0:quarantine_size_mb=64",  # the interpreter leaves memory to the end of its process
+        "ASAN_OPTIONS": "detect_leaks=0:quarantine_size_mb=64",  # an interpreter that ends leaves memory behind
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}",
         "PYTEST_ADDOPTS": "",
@@ -67,8 +72,8 @@ def sanitized(library, *arguments):
         "CUMOE_CUDA_ON_CPU": str(library),
     }
     done = subprocess.run(
-        [sys.executable, *map(str, arguments)], env=environment, cwd=TESTS.parent, capture_output=True, text=True,
-        timeout=TIMEOUT_S, check=False,
+        [sys.executable, *map(str, arguments)], env=os.environ | changed, cwd=TESTS.parent, capture_output=True,
+        text=True, timeout=TIMEOUT_S, check=False,
     )  # fmt: skip
     return Run(done.returncode, done.stdout + done.stderr)
 
@@ -169,7 +174,7 @@ def faults(compiler, tmp_path_factory):
     sources.mkdir()
     for path in [*kernels_directory().glob("*.cuh"), Path(build.__file__).with_name("faults.cu")]:
         (sources / path.name).write_text(path.read_text())
-    return build.build(sources, folder, ("faults",))
+    return build.build(sources, folder, ("faults",), "-O0")
 
 
 @pytest.mark.parametrize("kernel", FAULTS)
@@ -203,24 +208,28 @@ class Mutant(NamedTuple):
     tests: str
 
 
+ONE_LAYER = ("group", "combine", "gate")  # what a whole layer needs besides its grouped GEMM
+TILES = "cuda_on_cpu/portable_tiles.py"
 MUTANTS = {
     "scan_without_barrier": Mutant(
-        "scan.cuh", "__syncthreads();  // the totals", "// the totals", ("group",), "test_group.py", "many_slots and 5000"
+        "scan.cuh", "__syncthreads();  // the totals", "// the totals",
+        ("group",), "test_group.py", "many_slots and 5000",
     ),
     "equals_move_the_row_too_early": Mutant(
-        "group.cu", "__syncwarp();  // every equal", "// every equal", ("group",), "test_group.py", "many_slots and 5000"
+        "group.cu", "__syncwarp();  // every equal", "// every equal",
+        ("group",), "test_group.py", "many_slots and 5000",
     ),
     "one_row_too_many": Mutant(
         "grouped_gemm_simt.cu", "row < tile.row_end ? a + ", "row <= tile.row_end ? a + ",
-        ("group", "combine", "gate", "grouped_gemm_simt"), "cuda_on_cpu/portable_tiles.py", "ragged_rows and simt",
+        (*ONE_LAYER, "grouped_gemm_simt"), TILES, "ragged_rows and simt",
     ),
     "one_feature_too_many": Mutant(
         "grouped_gemm_mma.cuh", "if (feature >= features(stack)) continue;", "if (feature > features(stack)) continue;",
-        ("group", "combine", "gate", "grouped_gemm_bfloat16"), "cuda_on_cpu/portable_tiles.py", "ragged_rows and mma_16-bf",
+        (*ONE_LAYER, "grouped_gemm_bfloat16"), TILES, "ragged_rows and mma_16-bf",
     ),
     "copies_read_in_flight": Mutant(
         "grouped_gemm_mma.cuh", "copy_async_wait<STAGES - 2>();", "copy_async_wait<STAGES - 1>();",
-        ("group", "combine", "gate", "grouped_gemm_bfloat16"), "cuda_on_cpu/portable_tiles.py", "inner_tails and mma_64",
+        (*ONE_LAYER, "grouped_gemm_bfloat16"), TILES, "inner_tails and mma_64",
     ),
 }  # fmt: skip
 
@@ -237,7 +246,7 @@ def test_a_changed_line_is_seen(tmp_path, mutant):
             assert text.count(changed.old) == 1, f"{changed.file} has changed: name another line"
             text = text.replace(changed.old, changed.new)
         (sources / path.name).write_text(text)
-    run = run_suite(build.build(sources, tmp_path, changed.units), changed.suite, "-x", "-k", changed.tests)
+    run = run_suite(build.build(sources, tmp_path, changed.units, "-O0"), changed.suite, "-x", "-k", changed.tests)
     assert run.status == 1 or "AddressSanitizer" in run.output, run.output
     assert "AttributeError" not in run.output  # no kernel was missing
     assert re.search("AssertionError|AddressSanitizer|Mismatched elements|runtime error", run.output), run.output

@@ -16,7 +16,7 @@
 
 cuda_on_cpu::Index threadIdx, blockIdx, blockDim, gridDim;
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(CUDA_ON_CPU_UCONTEXT)
 asm(R"(
 .text
 .globl cuda_on_cpu_switch
@@ -157,6 +157,8 @@ const char* base_name(const char* path) {
   return slash ? slash + 1 : path;
 }
 
+std::string text_of(Site site) { return std::string(base_name(site.file)) + ":" + std::to_string(site.line); }
+
 // "threads 0-31, 64 wait at __syncthreads, group.cu:96; threads 32-63 have ended"
 std::string who_waits_where() {
   std::string text;
@@ -179,7 +181,7 @@ std::string who_waits_where() {
     text += "\n  threads " + runs;
     if (like.ended) text += " have ended";
     else if (!like.waits_at) text += " run";
-    else text += std::string(" wait at ") + like.waits_at + ", " + base_name(like.site.file) + ":" + std::to_string(like.site.line);
+    else text += std::string(" wait at ") + like.waits_at + ", " + text_of(like.site);
   }
   return text;
 }
@@ -235,7 +237,7 @@ void fail(const char* format, ...) {
 void sync_threads(Site site) {
   if (block.at_barrier == 0) block.barrier = site;
   else if (!(block.barrier == site))
-    fail("divergence: comes to __syncthreads at %s:%d while others wait", base_name(site.file), site.line);
+    fail("divergence: comes to __syncthreads at %s while others wait", text_of(site).c_str());
   if (++block.at_barrier == block.living) open_barrier();
   else wait("__syncthreads", site);
 }
@@ -247,8 +249,8 @@ void collective(const char* name, uint32_t mask, void* arguments, Work work, Sit
   if (!warp.arrived) {
     warp.name = name, warp.site = site, warp.mask = mask;
   } else if (strcmp(warp.name, name) || !(warp.site == site) || warp.mask != mask) {
-    fail("divergence: comes to %s at %s:%d with mask %08x while lanes of its warp wait with mask %08x", name,
-         base_name(site.file), site.line, mask, warp.mask);
+    fail("divergence: comes to %s at %s with mask %08x while lanes of its warp wait with mask %08x", name,
+         text_of(site).c_str(), mask, warp.mask);
   }
   warp.arguments[lane] = arguments;
   warp.arrived |= 1u << lane;
@@ -289,11 +291,12 @@ void copy_async_commit() {
 
 void copy_async_wait(int pending) {
   Thread& self = current();
-  for (; self.group_sizes.size() > size_t(pending); self.group_sizes.pop_front()) land(self, self.group_sizes.front());
+  for (; self.group_sizes.size() > size_t(pending); self.group_sizes.pop_front())
+    land(self, self.group_sizes.front());
 }
 
-const char* launch(const char* name, unsigned grid, unsigned num_threads, size_t shared_bytes, void (*call)(const void*),
-                   const void* data) {
+const char* launch(const char* name, unsigned grid, unsigned num_threads, size_t shared_bytes,
+                   void (*call)(const void*), const void* data) {
   block.kernel = name, block.call = call, block.data = data;
   block.num_threads = num_threads, block.shared_bytes = shared_bytes;
   block.newest_first = block.num_launches++ % 2;
@@ -318,7 +321,8 @@ const char* launch(const char* name, unsigned grid, unsigned num_threads, size_t
 }
 
 const char* refuse(const char* name, const char* what, size_t expected, size_t got) {
-  block.error = std::string(name) + ": " + what + ": expected " + std::to_string(expected) + ", got " + std::to_string(got);
+  block.error = std::string(name) + ": " + what;
+  block.error += ": expected " + std::to_string(expected) + ", got " + std::to_string(got);
   return block.error.c_str();
 }
 

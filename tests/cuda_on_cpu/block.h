@@ -1,12 +1,12 @@
 // block: one thread block on the CPU. Its threads are fibers that run one at a time, from one barrier to the next.
 //
-//   order       blocks one after another; within a block the thread that became ready first runs next, in every second
-//               launch the one that became ready last, so that what leans on an order of threads shows in one of the two
+//   order       blocks one after another; within a block the thread that became ready first runs next, in every
+//               second launch the one that became ready last: what leans on an order of threads shows in one of them
 //   barrier     complete when every living thread waits at it, all at the same line of the source
-//   collective  complete when every lane that the mask names has come, with the same mask at the same line; the last one
-//               does the work for all. A warp has one at a time: collectives of disjoint masks side by side are refused
-//   errors      a launch whose living threads all wait ends with a message that says who waits where; likewise a barrier
-//               or collective that two groups of threads reach at different lines
+//   collective  complete when every lane that the mask names has come, with the same mask at the same line; the last
+//               one does the work for all. A warp has one at a time: disjoint masks side by side are refused
+//   errors      a launch whose living threads all wait ends with a message that says who waits where; likewise a
+//               barrier or collective that two groups of threads reach at different lines
 //   memory      __shared__ variables and dynamic shared memory are allocated a block, exactly as long as declared or
 //               launched, and begin as 0xff bytes: NaN as a float
 #pragma once
@@ -60,8 +60,8 @@ template <typename Argument> struct Kernel {
 
 // The launch of a kernel whose argument Python has packed; refuses what the driver would refuse, and another struct.
 template <typename Argument>
-const char* launch_packed(const char* name, void (*function)(Argument), unsigned max_block, unsigned grid, unsigned block,
-                          size_t shared_bytes, const void* packed, size_t packed_bytes) {
+const char* launch_packed(const char* name, void (*function)(Argument), unsigned max_block, unsigned grid,
+                          unsigned block, size_t shared_bytes, const void* packed, size_t packed_bytes) {
   if (packed_bytes != sizeof(Argument)) return refuse(name, "bytes of the argument", sizeof(Argument), packed_bytes);
   if (block == 0 || block > max_block) return refuse(name, "threads a block, at most", max_block, block);
   if (grid == 0) return refuse(name, "blocks, at least", 1, grid);

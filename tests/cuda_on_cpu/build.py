@@ -20,12 +20,13 @@ UNITS = (
 """All that is not for Hopper alone; the slowest to compile comes first."""
 
 FLAGS = (
-    *("-std=c++17", "-O1", "-g", "-fPIC", "-fno-omit-frame-pointer"),
+    *("-std=c++17", "-g", "-fPIC", "-fno-omit-frame-pointer"),
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
 )
 
 _SHARED = re.compile(
-    r"(?P<extern>extern )?__shared__ (?:__align__\((?P<align>\w+)\) )?(?P<type>[\w: ]+?) (?P<name>\w+)(?P<array>\[[^\]]*\])?;"
+    r"(?P<extern>extern )?__shared__ (?:__align__\((?P<align>\w+)\) )?"
+    r"(?P<type>[\w: ]+?) (?P<name>\w+)(?P<array>\[[^\]]*\])?;"
 )
 _KERNEL = re.compile(
     r"__global__ void __launch_bounds__\((?P<bounds>[^()]*)\)\s+"
@@ -38,8 +39,10 @@ def compiler() -> str | None:
     return shutil.which("g++")
 
 
-def build(kernels: Path, folder: Path, units: tuple[str, ...] = UNITS) -> Path:
+def build(kernels: Path, folder: Path, units: tuple[str, ...] = UNITS, level: str = "-O1") -> Path:
     """Compile the units that lie in the folder `kernels`; return the library, which is made in `folder`.
+
+    `level` is the compiler's optimisation: the higher, the longer it takes and the shorter the tests.
 
     Raises
     ------
@@ -52,8 +55,8 @@ def build(kernels: Path, folder: Path, units: tuple[str, ...] = UNITS) -> Path:
         (sources / path.name).write_text(rewritten(path.read_text(encoding="utf-8")), encoding="utf-8")
     shutil.copy(HERE / "ptx.cuh", sources)
     with ThreadPoolExecutor(2) as pool:
-        runtime = pool.submit(_compile, HERE / "block.cpp", folder / "block.o")
-        objects = list(pool.map(lambda unit: _compile_unit(unit, sources, folder), units))
+        runtime = pool.submit(_compile, HERE / "block.cpp", folder / "block.o", level)
+        objects = list(pool.map(lambda unit: _compile_unit(unit, sources, folder, level), units))
     library = folder / "libcuda_on_cpu.so"
     _run("-shared", *FLAGS, "-o", library, *objects, runtime.result())
     return library
@@ -81,13 +84,13 @@ def kernels_of(unit: str, sources: Path) -> list[re.Match[str]]:
     return list(_KERNEL.finditer(text))
 
 
-def _compile_unit(unit: str, sources: Path, folder: Path) -> Path:
+def _compile_unit(unit: str, sources: Path, folder: Path, level: str) -> Path:
     kernels = kernels_of(unit, sources)
     assert kernels, f"{unit} has no kernel"
     launches = [f"CUDA_ON_CPU_KERNEL({k['name']}, {k['argument']}, {k['bounds']})\n" for k in kernels]
     source = folder / f"{unit}.cpp"
     source.write_text(f'#include "{unit}.cu"\n' + "".join(launches), encoding="utf-8")
-    return _compile(source, folder / f"{unit}.o", *_prelude(sources))
+    return _compile(source, folder / f"{unit}.o", level, *_prelude(sources))
 
 
 def _prelude(sources: Path) -> tuple[str | Path, ...]:

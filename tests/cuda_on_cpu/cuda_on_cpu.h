@@ -18,11 +18,12 @@
 #define __grid_constant__
 #endif
 
-#define CUDA_ON_CPU_KERNEL(NAME, ARGUMENT, ...)                                                                      \
-  extern "C" const char* launch_##NAME(unsigned grid, unsigned block, size_t shared_bytes, const void* packed,        \
-                                       size_t packed_bytes) {                                                         \
-    return cuda_on_cpu::launch_packed<ARGUMENT>(#NAME, NAME, cuda_on_cpu::first(__VA_ARGS__), grid, block, shared_bytes, \
-                                                packed, packed_bytes);                                                \
+#define CUDA_ON_CPU_KERNEL(NAME, ARGUMENT, ...)                                                                   \
+  extern "C" const char* launch_##NAME(unsigned grid, unsigned block, size_t shared_bytes, const void* packed,     \
+                                       size_t packed_bytes) {                                                      \
+    constexpr unsigned max_block = cuda_on_cpu::first(__VA_ARGS__);                                                \
+    return cuda_on_cpu::launch_packed<ARGUMENT>(#NAME, NAME, max_block, grid, block, shared_bytes, packed,         \
+                                                packed_bytes);                                                     \
   }
 
 namespace cuda_on_cpu {
@@ -30,7 +31,7 @@ template <typename... Others> constexpr unsigned first(unsigned value, Others...
 
 template <typename T> struct Lane { T value, result; int source; };
 
-// Every lane receives the value of its source lane; one that the mask does not name gives poison, as CUDA leaves it open.
+// Every lane receives the value of its source lane; one that the mask does not name gives poison: CUDA leaves it open.
 template <typename T> T shuffle(const char* name, unsigned mask, T value, int source, Site site) {
   Lane<T> own{value, value, source};
   collective(name, mask, &own, [](void* const* lanes) {
@@ -46,13 +47,14 @@ template <typename T> T shuffle(const char* name, unsigned mask, T value, int so
 }
 
 // Every lane receives the lanes whose values satisfy accept(own value, other value).
-template <typename T, typename Accept> unsigned lanes_that(const char* name, unsigned mask, T value, Accept, Site site) {
+template <typename T, typename Accept>
+unsigned lanes_that(const char* name, unsigned mask, T value, Accept, Site site) {
   struct Vote { T value; unsigned accepted; } own{value, 0};
   collective(name, mask, &own, [](void* const* lanes) {
+    auto vote = [&](int l) { return static_cast<Vote*>(lanes[l]); };
     for (int l = 0; l < 32; ++l)
       for (int other = 0; other < 32; ++other)
-        if (lanes[l] && lanes[other] && Accept()(static_cast<Vote*>(lanes[l])->value, static_cast<Vote*>(lanes[other])->value))
-          static_cast<Vote*>(lanes[l])->accepted |= 1u << other;
+        if (vote(l) && vote(other) && Accept()(vote(l)->value, vote(other)->value)) vote(l)->accepted |= 1u << other;
   }, site);
   return own.accepted;
 }
@@ -82,7 +84,8 @@ template <typename T> T __shfl_up_sync(unsigned mask, T value, unsigned step, CU
 }
 template <typename T> T __shfl_down_sync(unsigned mask, T value, unsigned step, CUDA_ON_CPU_SITE) {
   unsigned lane = cuda_on_cpu::lane();
-  return cuda_on_cpu::shuffle("__shfl_down_sync", mask, value, int(lane + step < 32 ? lane + step : lane), {file, line});
+  int source = int(lane + step < 32 ? lane + step : lane);
+  return cuda_on_cpu::shuffle("__shfl_down_sync", mask, value, source, {file, line});
 }
 template <typename T> unsigned __match_any_sync(unsigned mask, T value, CUDA_ON_CPU_SITE) {
   return cuda_on_cpu::lanes_that("__match_any_sync", mask, value, cuda_on_cpu::Equal(), {file, line});

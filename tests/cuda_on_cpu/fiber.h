@@ -1,8 +1,8 @@
 // fiber: a call stack that can be left in the middle and entered again, and the switch between two of them.
 //
 // x86-64 saves the registers that a called function has to keep, nothing else: a switch costs a few nanoseconds. Other
-// processors go through ucontext, which asks the kernel for the signal mask each time. AddressSanitizer is told of every
-// switch, or it would take one stack's frames for damage of another.
+// processors, and CUDA_ON_CPU_UCONTEXT, go through ucontext, which asks the kernel for the signal mask each time.
+// AddressSanitizer is told of every switch, or it would take one stack's frames for damage of another.
 #pragma once
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -11,13 +11,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
-#if !defined(__x86_64__)
+#if !defined(__x86_64__) || defined(CUDA_ON_CPU_UCONTEXT)
 #include <ucontext.h>
 #endif
 
 namespace cuda_on_cpu {
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(CUDA_ON_CPU_UCONTEXT)
 using Context = void*;  // the stack pointer; the registers lie on the stack
 extern "C" void cuda_on_cpu_switch(Context* from, Context to);
 inline void swap(Context& from, Context& to) { cuda_on_cpu_switch(&from, to); }

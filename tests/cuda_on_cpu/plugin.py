@@ -15,7 +15,7 @@ from cuda_on_cpu import fake_cupy
 
 sys.modules["cupy"] = fake_cupy  # type: ignore[assignment]
 
-MAX_EXAMPLES = 40
+MAX_EXAMPLES = 30
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -179,6 +179,23 @@ def test_inner_tails(force, tile, inner, transposed):
     assert seen == [kernel_of(tile, dtype, transposed)]
 
 
+@each_tile
+@pytest.mark.parametrize("num_experts", [256, 257, 600, 1024])
+def test_more_experts_than_threads(force, tile, num_experts):
+    """A thread adds up the tiles of several experts, most of which have none."""
+    dtype = DTYPES_OF[TILES[tile].engine][0]
+    seen = force(tile)
+    rng = np.random.default_rng(num_experts)
+    ids = rng.integers(-1, num_experts + 1, (30, 2)).astype(np.int32)
+    ids[:2, 0] = 0, num_experts - 1
+    x, w = (rng.standard_normal(shape).astype(DTYPES[dtype]) for shape in ((30, 16), (num_experts, 8, 16)))
+    groups = cumoe.group(GPU.asarray(ids), num_experts)
+    y = cumoe.grouped_gemm(GPU.asarray(x), GPU.asarray(w), groups, rows="tokens", dtype=np.float32)
+    definition = cumoe.reference.grouped_gemm(x, w, cumoe.reference.group(ids, num_experts), rows="tokens")
+    assert_close(GPU.asnumpy(y), definition, np.float32, f"{tile} {num_experts} experts")
+    assert seen == [kernel_of(tile, dtype, False)]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("hidden_size", [1, 8, 67, 1032])
 def test_combine_of_narrow_rows(dtype, hidden_size):
