@@ -22,6 +22,7 @@ TESTS = Path(__file__).resolve().parent
 SUITES = {
     "test_moe.py": 38,
     "cuda_on_cpu/portable_tiles.py": 150,
+    "cuda_on_cpu/portable_stages.py": 150,
     "test_grouped_gemm.py": 38,
     "test_route.py": 120,
     "test_layer.py": 30,

@@ -18,17 +18,22 @@ sys.modules["cupy"] = fake_cupy  # type: ignore[assignment]
 MAX_EXAMPLES = 30
 
 
+def pytest_collection() -> None:
+    """Take examples from a fixed seed; tests that say how many they want inherit the rest."""
+    base = hypothesis.settings.get_profile("cumoe")
+    hypothesis.settings.register_profile(
+        "cuda_on_cpu", base, derandomize=True, database=None, max_examples=MAX_EXAMPLES
+    )
+    hypothesis.settings.load_profile("cuda_on_cpu")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Cap the number of examples and take the random ones from a fixed seed."""
+    """Cap the number of examples where a test says how many it wants."""
     for item in items:
         function = getattr(item, "obj", None)
-        if not getattr(function, "is_hypothesis_test", False):
-            continue
-        own = getattr(function, "_hypothesis_internal_use_settings", None) or hypothesis.settings()
-        fewer = min(own.max_examples, MAX_EXAMPLES)
-        function._hypothesis_internal_use_settings = hypothesis.settings(
-            own, max_examples=fewer, derandomize=True, database=None, deadline=None
-        )
+        own = getattr(function, "_hypothesis_internal_use_settings", None)
+        if own is not None and own.max_examples > MAX_EXAMPLES:
+            function._hypothesis_internal_use_settings = hypothesis.settings(own, max_examples=MAX_EXAMPLES)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -12,7 +12,6 @@ from support import DTYPES, GPU, assert_close, random_layer
 
 import cumoe
 from cumoe.gpu import config, stacks
-from cumoe.gpu.combine import combine as gpu_combine
 
 pytestmark = pytest.mark.gpu
 
@@ -194,20 +193,3 @@ def test_more_experts_than_threads(force, tile, num_experts):
     definition = cumoe.reference.grouped_gemm(x, w, cumoe.reference.group(ids, num_experts), rows="tokens")
     assert_close(GPU.asnumpy(y), definition, np.float32, f"{tile} {num_experts} experts")
     assert seen == [kernel_of(tile, dtype, False)]
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("hidden_size", [1, 8, 67, 1032])
-def test_combine_of_narrow_rows(dtype, hidden_size):
-    """Rows in the dtype of the result, as the Hopper kernels write them: by 16 bytes, or one at a time."""
-    rng = np.random.default_rng(hidden_size)
-    rows = rng.standard_normal((30, hidden_size)).astype(DTYPES[dtype])
-    shared = rng.standard_normal((2, 10, hidden_size)).astype(DTYPES[dtype])
-    weights = rng.random((10, 3), np.float32)
-    inverse = rng.permutation(30).astype(np.int32).reshape(10, 3)
-    inverse[3] = -1
-    y = GPU.asarray(np.full((10, hidden_size), np.nan, DTYPES[dtype]))
-    gpu_combine(*map(GPU.asarray, (rows, inverse, weights, shared)), y)
-    factors = np.where(inverse < 0, 0, weights).astype(np.float64)
-    definition = (factors[:, :, None] * rows.astype(np.float64)[inverse]).sum(axis=1) + shared.astype(np.float64).sum(0)
-    assert_close(GPU.asnumpy(y), definition, dtype)
