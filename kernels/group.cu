@@ -5,10 +5,10 @@
 //   expert_offsets[e]       first sorted row of expert e; [num_experts] = number of slots that have one
 //
 //   grid     group_count and group_place: the same blocks, each owns a run of `slots_per_block` slots
-//   block    1024 threads, or 256 for at most 1024 slots; each warp owns a contiguous part of the block's run, which it walks 32 slots at a time
+//   block    1024 threads, or 256 for at most 1024 slots and where shared memory is short; each warp owns a contiguous part
+//            of the block's run, which it walks 32 slots at a time
 //   smem     (WARPS + 2) x (num_experts + 1) counters: one histogram a warp, the block's first rows, and the rows of earlier
-//            blocks; 136 KiB with 32 warps and 1024
-//            experts
+//            blocks; with 1024 experts 136 KiB for 32 warps, 40 KiB for 8
 //
 // One block needs no group_count: it is the only column of the matrix of counts. All positions follow from integer
 // counts in slot order; there is no atomic, so the order is stable and the same on every run.
@@ -22,7 +22,6 @@
 namespace group {
 
 constexpr int AHEAD = 4;  // ids that a lane has asked for before it looks at the first
-
 
 struct GroupLaunch {
   const int* topk_ids;       // (num_slots)
@@ -90,6 +89,13 @@ template <int WARPS> __device__ __forceinline__ int block_total(const int* histo
   return total;
 }
 
+// This block's row of the matrix of counts.
+template <int WARPS> __device__ __forceinline__ void publish(const GroupLaunch& p, const int* histograms) {
+  int num_bins = p.num_experts + 1;
+  for (int bin = threadIdx.x; bin < num_bins; bin += WARPS * WARP)
+    p.counts[(int64)blockIdx.x * num_bins + bin] = block_total<WARPS>(histograms, num_bins, bin);
+}
+
 template <int WARPS>
 __device__ __forceinline__ void place(const GroupLaunch& p, int* histograms, int* first_rows, int* earlier_rows) {
   constexpr int THREADS = WARPS * WARP;
@@ -143,14 +149,12 @@ __device__ __forceinline__ void place(const GroupLaunch& p, int* histograms, int
 
 }  // namespace group
 
-extern "C" __global__ void __launch_bounds__(1024) group_count(const __grid_constant__ group::GroupLaunch launch) {
-  extern __shared__ int histograms[];  // (WARPS, num_experts + 1)
-  int num_bins = launch.num_experts + 1;
-  group::count<32>(launch, histograms);
-  for (int bin = threadIdx.x; bin < num_bins; bin += blockDim.x)
-    launch.counts[(int64)blockIdx.x * num_bins + bin] = group::block_total<32>(histograms, num_bins, bin);
-}
-
+#define GROUP_COUNT(NAME, WARPS)                                                                                   \
+  extern "C" __global__ void __launch_bounds__(WARPS * WARP) NAME(const __grid_constant__ group::GroupLaunch launch) { \
+    extern __shared__ int histograms[]; /* (WARPS, num_experts + 1) */                                            \
+    group::count<WARPS>(launch, histograms);                                                                      \
+    group::publish<WARPS>(launch, histograms);                                                                    \
+  }
 #define GROUP_PLACE(NAME, WARPS)                                                                                  \
   extern "C" __global__ void __launch_bounds__(WARPS * WARP) NAME(const __grid_constant__ group::GroupLaunch launch) { \
     extern __shared__ int histograms[]; /* (WARPS, num_experts + 1) counters, then twice (num_experts + 1) rows */    \
@@ -158,5 +162,7 @@ extern "C" __global__ void __launch_bounds__(1024) group_count(const __grid_cons
     group::place<WARPS>(launch, histograms, histograms + WARPS * num_bins, histograms + (WARPS + 1) * num_bins);  \
   }
 
+GROUP_COUNT(group_count, 32)
+GROUP_COUNT(group_count_few, 8)
 GROUP_PLACE(group_place, 32)
 GROUP_PLACE(group_place_few, 8)

@@ -172,6 +172,14 @@ def test_shared_memory_suffices_everywhere(tile):
     assert tile.shared_bytes(MAX_GROUPS) <= SMALLEST_SHARED_BYTES
 
 
+@given(st.integers(1, 100_000), st.integers(1, GPU_MAX_EXPERTS))
+def test_shared_memory_suffices_for_grouping(num_slots, num_experts):
+    """On every GPU; where there is enough of it, many slots get the larger block."""
+    warps = group.num_warps(num_slots, num_experts, SMALLEST_SHARED_BYTES)
+    assert group.shared_bytes(warps, num_experts) <= SMALLEST_SHARED_BYTES
+    assert group.num_warps(num_slots, num_experts, HOPPER_SHARED_BYTES) == (8 if num_slots <= group.FEW_SLOTS else 32)
+
+
 def hopper_bytes(tile, num_groups):
     """Return the shared memory of a block, with what the kernel declares: ring, barriers, totals of the scan."""
     places = 2 if tile.block_m > 64 else 4

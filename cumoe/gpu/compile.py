@@ -142,3 +142,9 @@ def can_overlap(device_id: int) -> bool:
 def num_multiprocessors(device_id: int) -> int:
     """Return the number of SMs of a device."""
     return int(cupy.cuda.Device(device_id).attributes["MultiProcessorCount"])
+
+
+@cache
+def max_shared_bytes(device_id: int) -> int:
+    """Return how much shared memory a block may have on a device."""
+    return int(cupy.cuda.Device(device_id).attributes["MaxSharedMemoryPerBlockOptin"])

@@ -67,8 +67,8 @@ CONFIGS = (
 
 SMALLEST_WGMMA_TILE = next(config for config in CONFIGS if config.engine == "wgmma")
 
-WGMMA_MEAN_ROWS = {16: 4, 64: 24, 144: 384, 192: 192}
-"""Up to how many rows an expert has on average a wgmma tile is chosen, by its rows; beyond all, the last one."""
+WGMMA_MEAN_ROWS = {16: 4, 64: 24, 144: 384, 192: 2**31 - 1}
+"""Up to how many rows an expert has on average a wgmma tile is chosen, by its rows."""
 
 WOVEN_TILES, ALONE_TILES, FEW_TILES = 3, 10, 18
 """Up to how many tiles an SM has in the first product, the smallest wgmma tile weaves pairs, has an SM for itself, and

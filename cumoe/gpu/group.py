@@ -6,12 +6,13 @@ import numpy as np
 
 from cumoe.data.groups import Groups
 from cumoe.door.arrays import cupy
-from cumoe.gpu.compile import launch
+from cumoe.gpu.compile import launch, max_shared_bytes
 from cumoe.gpu.structs import Struct
 
 WARPS = 32
 FEW_WARPS, FEW_SLOTS = 8, 1024
-"""A smaller block for a few slots: there is less to clear and to add up."""
+"""A smaller block for a few slots: there is less to clear and to add up. It also serves where the counters of the
+larger one do not fit into shared memory: sm_86, sm_89 and sm_120 with more than 744 experts."""
 ONE_BLOCK_SLOTS = 4096
 """Up to here one block counts and places in one launch."""
 MAX_BLOCKS = 128
@@ -34,6 +35,16 @@ LAUNCH = Struct(
 def num_blocks(num_slots: int) -> int:
     """Return how many blocks share the slots."""
     return 1 if num_slots <= ONE_BLOCK_SLOTS else min(MAX_BLOCKS, -(-num_slots // 1024))
+
+
+def num_warps(num_slots: int, num_experts: int, max_bytes: int) -> int:
+    """Return how many warps a block has on a GPU that gives it at most `max_bytes` of shared memory."""
+    return FEW_WARPS if num_slots <= FEW_SLOTS or shared_bytes(WARPS, num_experts) > max_bytes else WARPS
+
+
+def shared_bytes(warps: int, num_experts: int) -> int:
+    """Return the shared memory of a block: a histogram for every warp and two rows of its own."""
+    return 4 * (warps + 2) * (num_experts + 1)
 
 
 def buffers(num_tokens: int, top_k: int, num_experts: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -60,7 +71,8 @@ def group(ids: Any, num_experts: int, out: dict[str, Any] | None = None) -> Grou
         groups.tokens_per_expert.fill(0)
         return groups
     blocks = num_blocks(num_slots)
-    warps = FEW_WARPS if num_slots <= FEW_SLOTS else WARPS
+    warps = num_warps(num_slots, num_experts, max_shared_bytes(cupy.cuda.runtime.getDevice()))
+    few = "_few" if warps == FEW_WARPS else ""
     threads = warps * 32
     argument = LAUNCH(
         topk_ids=ids,
@@ -72,9 +84,7 @@ def group(ids: Any, num_experts: int, out: dict[str, Any] | None = None) -> Grou
         slots_per_block=-(-num_slots // (blocks * threads)) * threads,
         num_progress=out["progress"].size if "progress" in out else 0,
     )
-    counters = 4 * (num_experts + 1)
     if blocks > 1:
-        launch("group_count", blocks, threads, argument, warps * counters)
-    name = "group_place_few" if warps == FEW_WARPS else "group_place"
-    launch(name, blocks, threads, argument, (warps + 2) * counters)
+        launch("group_count" + few, blocks, threads, argument, shared_bytes(warps, num_experts))
+    launch("group_place" + few, blocks, threads, argument, shared_bytes(warps, num_experts))
     return groups

@@ -19,7 +19,7 @@ LIBRARY = "CUMOE_CUDA_ON_CPU"
 NUM_MULTIPROCESSORS = 3
 """Few, so that persistent blocks take several tiles and grids have several waves."""
 
-DEFAULT_SHARED_BYTES, MAX_SHARED_BYTES = 48 << 10, 163 << 10
+DEFAULT_SHARED_BYTES, MAX_SHARED_BYTES = 48 << 10, 99 << 10
 """Dynamic shared memory of a block without and with asking, at compute capability 8.0."""
 
 BLOCK_ALIGNMENT = 256
@@ -224,7 +224,10 @@ class Device:
 
     id = 0
     compute_capability = "80"
-    attributes = {"MultiProcessorCount": NUM_MULTIPROCESSORS}  # noqa: RUF012
+    attributes = {  # noqa: RUF012
+        "MultiProcessorCount": NUM_MULTIPROCESSORS,
+        "MaxSharedMemoryPerBlockOptin": MAX_SHARED_BYTES,
+    }
 
     def __init__(self, device: int = 0) -> None:
         assert device == 0

@@ -11,7 +11,7 @@ import pytest
 from support import DTYPES, GPU, assert_close, random_layer
 
 import cumoe
-from cumoe.gpu import config, stacks
+from cumoe.gpu import config, grouped_gemm
 
 pytestmark = pytest.mark.gpu
 
@@ -63,20 +63,20 @@ def expected(dtype, *options):
 @pytest.fixture
 def force(monkeypatch):
     """Return a function that has every launch of a tile's engine use that tile; it gives the kernels launched since."""
-    select, launch = stacks.select_config, stacks.launch
+    select, launch = grouped_gemm.select_config, grouped_gemm.launch
 
     def force_tile(name):
         seen = []
 
-        def forced(engine, sizes):
-            return TILES[name] if engine == TILES[name].engine else select(engine, sizes)
+        def forced(engine, *sizes):
+            return TILES[name] if engine == TILES[name].engine else select(engine, *sizes)
 
         def recorded(kernel, *arguments, **options):
             seen.append(kernel)
             launch(kernel, *arguments, **options)
 
-        monkeypatch.setattr(stacks, "select_config", forced)
-        monkeypatch.setattr(stacks, "launch", recorded)
+        monkeypatch.setattr(grouped_gemm, "select_config", forced)
+        monkeypatch.setattr(grouped_gemm, "launch", recorded)
         return seen
 
     return force_tile
