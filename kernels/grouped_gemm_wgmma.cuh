@@ -19,8 +19,8 @@
 //   barrier     count       from                  a phase ends when
 //   full[s]     1 + 128     weights, tokens       TMA and the copies have written stage s
 //   empty[s]    warps       consumers             every consumer warp has multiplied stage s
-//   told[r]     1           planner               the description of a tile and its row factors stand in ring place r
-//   stored[r]   warps       consumers             the results of that tile are stored
+//   told[r]     32          planner               the description of a tile and its row factors stand in ring place r
+//   stored[r]   threads     consumers             the results of that tile are stored
 //   free[r]     1           reporter              nobody reads that place any more
 //   wanted      1           weights               the end of a tile is near: the next one is to be planned
 //   sync_consumer           its warps             a consumer's slab is written, or has been stored and may be overwritten
@@ -109,8 +109,7 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
       barrier_wait(free(turn.place()), turn.parity() ^ 1);
       while (!find_tile(position, next.tile)) position = next_position(position);
       describe_rows(next);
-      __syncwarp();
-      if (threadIdx.x % WARP == 0) barrier_arrive(told(turn.place()));
+      barrier_arrive(told(turn.place()));
       if (next.tile.num_rows == 0) return;
       barrier_wait(wanted(), turn.tile % 2);  // as late as possible, so that the last tiles go to whoever is free
       position = next_position(position);
@@ -334,7 +333,7 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
       Epilogue epilogue{stack_of(tile), ring[turn.place()], Tiles::pairs(stack_of(tile)), schedule.inward(stack_of(tile)), num_rows, consumer,
                         smem + launch.num_stages * STAGE_BYTES + consumer * Epilogue::SLAB_BYTES};
       epilogue.store(acc);  // ends in a barrier of the consumer
-      if (threadIdx.x % WARP == 0) barrier_arrive(stored(turn.place()));
+      barrier_arrive(stored(turn.place()));
     });
   }
 
@@ -366,8 +365,8 @@ __device__ __forceinline__ void grouped_gemm(const WgmmaLaunch& launch) {
       barrier_init(shared_address(&barriers.empty[i]), Gemm::CONSUMER_WARPS);
     }
     for (int i = 0; i < Gemm::RING; ++i) {
-      barrier_init(shared_address(&barriers.told[i]), 1);
-      barrier_init(shared_address(&barriers.stored[i]), Gemm::CONSUMER_WARPS);
+      barrier_init(shared_address(&barriers.told[i]), WARP);
+      barrier_init(shared_address(&barriers.stored[i]), Gemm::CONSUMER_WARPS * WARP);
       barrier_init(shared_address(&barriers.free[i]), 1);
     }
     barrier_init(shared_address(&barriers.wanted), 1);
