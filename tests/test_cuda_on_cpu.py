@@ -36,8 +36,6 @@ SUITES = {
 NOT_HERE = " and ".join(
     f"not {words}"
     for words in (
-        # Streams, graphs and pools are CuPy's, not the kernels'.
-        *("captured", "graph_replays", "threads_share", "allocate_nothing"),
         # Here every run is the same; and more of the same is long.
         *("every_time", "many_tokens", "(normal_numbers and 400)"),
     )
@@ -164,7 +162,7 @@ from cumoe.gpu.structs import Struct
 name, offset = sys.argv[1], int(sys.argv[2])
 ints = fake_cupy.asarray(np.arange(63, -1, -1, dtype=np.int32))
 launch = Struct(pointer=("ints",), int64=("offset", "zero"))(ints=ints, offset=offset, zero=0)
-fake_cupy.Kernel(name)((1,), (64,), (launch,), shared_mem=256)
+fake_cupy.Kernel(name).launch(1, 64, launch.data, 256)
 print("right numbers" if (fake_cupy.asnumpy(ints) == np.arange(63, -1, -1)).all() else "wrong numbers")
 """
 
@@ -193,7 +191,7 @@ def test_what_is_no_fault_is_not_reported(faults):
     """The same harness, a right kernel; and the driver's refusals."""
     run = sanitized(faults, "-c", LAUNCH_FAULT, "fault_none", 0)
     assert (run.status, run.output) == (0, "right numbers\n")
-    too_many = LAUNCH_FAULT.replace("(64,)", "(96,)")
+    too_many = LAUNCH_FAULT.replace("launch(1, 64,", "launch(1, 96,")
     assert "threads a block, at most: expected 64, got 96" in sanitized(faults, "-c", too_many, "fault_none", 0).output
     other_struct = LAUNCH_FAULT.replace('"offset", "zero"', '"offset",').replace(", zero=0", "")
     refused = sanitized(faults, "-c", other_struct, "fault_none", 0).output

@@ -76,10 +76,10 @@ def test_struct_sizes_are_those_that_python_packs():
         for struct, size in re.findall(r"static_assert\(sizeof\((\w+)\) == ([^,]+),", text)
     }
     packed = {struct: twin.itemsize for struct, twin in LAUNCHES.items()}
-    portable = grouped_gemm.MAX_STACKS * stacks.STACK.itemsize + grouped_gemm.PORTABLE_TAIL.size
+    portable = grouped_gemm.MAX_STACKS * stacks.STACK.itemsize + grouped_gemm.PORTABLE_TAIL.itemsize
     assert asserted == packed | {"GemmLaunch": portable, "WgmmaLaunch": grouped_gemm.WGMMA_BYTES}
     both = 2 * grouped_gemm.MAX_STACKS * (3 * MAP_BYTES + stacks.STACK.itemsize)
-    assert both + grouped_gemm.WGMMA_TAIL.size <= grouped_gemm.WGMMA_BYTES
+    assert both + grouped_gemm.WGMMA_TAIL.itemsize <= grouped_gemm.WGMMA_BYTES
     assert f"MAX_STACKS = {grouped_gemm.MAX_STACKS};" in CUDA["stacks.cuh"]
 
 

@@ -66,24 +66,25 @@ def framed_forward(
     frame: Frame,
     y: Any,
     buffers: dict[str, Any],
+    residual: Any = None,
 ) -> None:
     """Run the stages after routing on `x`, as the experts read it, into `y`."""
     if not frame.has_end:
-        forward(x, routing, experts, shared, weight_on, y, buffers)
+        forward(x, routing, experts, shared, weight_on, y, buffers, residual)
     elif isinstance(x, np.ndarray):
         total = np.empty(x.shape, np.float32)
         if frame.latent is None:
             forward(x, routing, experts, shared, weight_on, total, {})
         else:
             total = _latent_on_cpu(x, routing, experts, shared, weight_on, frame)
-        cpu_ends.finish(total, x, routing, experts.num_experts, frame, y)
+        cpu_ends.finish(total, x, routing, experts.num_experts, frame, y, residual)
     else:
         totals = buffers["totals"]
         if frame.latent is None:
             forward(x, routing, experts, shared, weight_on, totals[0], buffers)
         else:
             _latent_on_gpu(x, routing, experts, shared, weight_on, frame, buffers)
-        gpu_ends.finish(totals, x, routing, experts.num_experts, frame, y)
+        gpu_ends.finish(totals, x, routing, experts.num_experts, frame, y, residual)
 
 
 def _latent_on_cpu(
