@@ -25,10 +25,12 @@ SUITES = {
     "cuda_on_cpu/portable_stages.py": 150,
     "test_grouped_gemm.py": 38,
     "test_route.py": 120,
-    "test_layer.py": 30,
+    "test_layer.py": 40,
+    "test_replay.py": 38,
     "test_group.py": 60,
     "test_frame.py": 60,
     "test_combine.py": 30,
+    "test_capture.py": 20,
     "test_activation.py": 70,
 }
 """The files whose GPU half runs here, the slowest first, and how many tests that is at least."""
@@ -36,6 +38,8 @@ SUITES = {
 NOT_HERE = " and ".join(
     f"not {words}"
     for words in (
+        # Threads take turns here, and one dtype shows what there is to see of pools and graphs.
+        *("threads_share", "(graph_replays and float16)", "(allocate_nothing and float16)"),
         # Here every run is the same; and more of the same is long.
         *("every_time", "many_tokens", "(normal_numbers and 400)"),
     )

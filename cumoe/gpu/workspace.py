@@ -80,9 +80,15 @@ class Workspace:
 
     Hold `lock` from `block` until the last launch that uses it: two threads on one stream share a block. A block that
     a stream capture has seen is kept as long as the workspace lives, since the graph writes to it.
+
+    Parameters
+    ----------
+    reserved_bytes : int
+        What every block has at least.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, reserved_bytes: int = 0) -> None:
+        self.reserved_bytes = reserved_bytes
         self.lock = threading.Lock()
         self._blocks: dict[tuple[int, int], Block] = {}
         self._captured: dict[int, Block] = {}
@@ -101,7 +107,7 @@ class Workspace:
         """Return the block of a device and stream, a new one where it has fewer bytes."""
         block = self.block(device_id, stream, num_bytes)
         if block is None:
-            self._blocks[device_id, stream] = Block(num_bytes)
+            self._blocks[device_id, stream] = Block(max(num_bytes, self.reserved_bytes))
             block = self.block(device_id, stream)
             assert block is not None
         return block

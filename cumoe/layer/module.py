@@ -1,5 +1,6 @@
 """The layer as an object: a router, weights, and memory that is allocated once."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from cumoe.gpu.operand import Operand
 from cumoe.gpu.route import route as gpu_route
 from cumoe.gpu.tape import Tape
 from cumoe.gpu.workspace import Workspace, total_bytes
+from cumoe.layer.capture import Captured
 from cumoe.layer.frame import frame_buffers, framed_forward, normalised
 from cumoe.layer.moe import WeightOn, admit_tokens, check_weights
 from cumoe.layer.replay import VECTOR_BYTES, Arrays, key_of, replayed
@@ -88,8 +90,8 @@ class MoE:
 
     Batch invariance: on a GPU the bits of a token's row do not depend on the other tokens of the batch, nor on how many
     there are, whichever kernels that chooses: every sum of a row runs in one order. It holds among calls whose arrays
-    are all multiples of 16 bytes in address and strides, and among those whose arrays are not: the former run on other
-    units. On the CPU the matrix products are BLAS's, which promises nothing of the kind. Every run gives the same bits.
+    lie alike; those whose addresses and strides are multiples of 16 bytes run on other units than those whose are not.
+    On the CPU the matrix products are BLAS's, which promises nothing of the kind. Every run gives the same bits.
     """
 
     def __init__(
@@ -141,8 +143,7 @@ class MoE:
         if self.router_bias is not None and self.router_weight is None:
             raise ValueError(refuse("router_weight", "an array, since there is a router_bias", None))
         self._device_id = int(kind.device.partition(":")[2]) if kind.on_gpu else -1
-        self._workspace = Workspace()
-        self._reserved_bytes = self.workspace_bytes(self.max_tokens) if self.max_tokens else 0
+        self._workspace = Workspace(self.workspace_bytes(self.max_tokens) if self.max_tokens else 0)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; what was recorded of earlier calls is forgotten, since it may depend on it."""
@@ -226,7 +227,7 @@ class MoE:
                 tape.play(addresses)
                 return
             wanted = self._buffers(y.shape[0])
-            block = workspace.grown(self._device_id, stream, max(total_bytes(wanted), self._reserved_bytes))
+            block = workspace.grown(self._device_id, stream, total_bytes(wanted))
             buffers = block.arrays(wanted)
             tape = Tape(buffers, **dict(zip(ARGUMENTS, addresses, strict=True)))
             operands = {
@@ -256,6 +257,46 @@ class MoE:
 
     def _buffers(self, num_tokens: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         return frame_buffers(num_tokens, self.router.top_k, self.hidden_size, self.experts, self.shared, self.frame)
+
+    def capture(self, num_tokens: int, inputs: Sequence[str] = ()) -> Captured:
+        """Return the forward of `num_tokens` tokens as a CUDA graph on buffers of its own.
+
+        Parameters
+        ----------
+        num_tokens : int
+            At least 1, with num_tokens * top_k below 2^31.
+        inputs : sequence of {"router_logits", "input_ids", "residual"}
+            What a replay reads besides the tokens. router_logits where the layer has no router_weight, and input_ids
+            where the router has an expert_table, are there unasked.
+
+        Returns
+        -------
+        Captured
+            Fill its `x`, call it, read its `y`.
+
+        Raises
+        ------
+        TypeError
+            If `num_tokens` is no int or `inputs` no sequence of words.
+        ValueError
+            If the layer is on the CPU, `num_tokens` is out of range, a word is unknown, or there is no expert_table for
+            the input_ids.
+        RuntimeError
+            If the kernels could not be compiled on this machine; the text says why.
+
+        Notes
+        -----
+        Runs the layer once, on a stream of its own, and waits for it. Takes `workspace_bytes` and the buffers.
+
+        Examples
+        --------
+        ::
+
+            decode = layer.capture(8)
+            decode.x[...] = tokens
+            y = decode()
+        """
+        return Captured(self, num_tokens, inputs)
 
     def workspace_bytes(self, num_tokens: int) -> int:
         """Return the bytes of GPU memory that a call on `num_tokens` tokens needs besides its output; 0 on a CPU."""

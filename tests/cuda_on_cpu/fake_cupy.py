@@ -370,6 +370,9 @@ class Device:
     def __exit__(self, *_: object) -> None:
         pass
 
+    def synchronize(self) -> None:
+        """Nothing is pending."""
+
 
 cuda = SimpleNamespace(
     Device=Device,
