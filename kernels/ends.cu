@@ -7,6 +7,7 @@
 //   grid       one warp a token, 8 warps a block; float32 sums in a fixed order: the same bits on every run
 //   edges      a token without identity experts does not read x, which may hold NaN; y may be x or the residual: a lane
 //              reads its elements before it writes them
+#include "overlap.cuh"
 #include "types.cuh"
 
 namespace ends {
@@ -47,6 +48,8 @@ __device__ __forceinline__ float inverse_rms(float sum_of_squares, int n, float 
 }
 
 template <typename T> __device__ __forceinline__ void rms_norm(const NormLaunch& p) {
+  wait_for_previous_kernel();
+  launch_next_kernel();
   int64 token = (int64)blockIdx.x * WARPS + threadIdx.x / WARP;
   int lane = threadIdx.x % WARP;
   if (token >= p.num_tokens) return;
@@ -65,6 +68,8 @@ template <typename T> __device__ __forceinline__ void rms_norm(const NormLaunch&
 }
 
 template <typename T> __device__ __forceinline__ void finish(const FinishLaunch& p) {
+  wait_for_previous_kernel();
+  launch_next_kernel();
   int64 token = (int64)blockIdx.x * WARPS + threadIdx.x / WARP;
   int lane = threadIdx.x % WARP;
   if (token >= p.num_tokens) return;

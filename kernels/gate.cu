@@ -2,6 +2,7 @@
 //
 //   grid     one warp a token, 8 warps a block; float32 sums in a fixed order
 #include "activation.cuh"
+#include "overlap.cuh"
 
 namespace gate {
 
@@ -17,6 +18,8 @@ static_assert(sizeof(GateLaunch) == 56, "cumoe/gpu/experts.py packs 56 bytes");
 constexpr int WARPS = 8;
 
 template <typename T> __device__ __forceinline__ void shared_gate(const GateLaunch& p) {
+  wait_for_previous_kernel();
+  launch_next_kernel();
   int64 token = (int64)blockIdx.x * WARPS + threadIdx.x / WARP;
   if (token >= p.num_tokens) return;
   const T* x = static_cast<const T*>(p.x) + token * p.x_row_stride;

@@ -12,6 +12,8 @@ import numpy as np
 
 import cumoe
 from cumoe.cli.files import DTYPES
+from cumoe.cli.host import HEADER as HOST_HEADER
+from cumoe.cli.host import host_lines
 from cumoe.cli.machine import Run, choose_machine
 from cumoe.cli.refusal import Refusal
 from cumoe.cli.report import print_pair
@@ -162,6 +164,8 @@ def bench(options: Namespace) -> int:
     machine, trouble = choose_machine("auto")
     if trouble:
         raise Refusal(trouble)
+    if options.host:
+        return _bench_host(options, machine.name)
     with ExitStack() as stack:
         file = None
         if options.csv is not None:
@@ -178,6 +182,32 @@ def bench(options: Namespace) -> int:
                 if file is not None:
                     csv.writer(file).writerow(found.row())
     return 0
+
+
+def _bench_host(options: Namespace, device: str) -> int:
+    """Print what calls cost the host, a line a layer and number of tokens; return 0."""
+    print_pair("device", device)
+    print_pair("layers", f"{options.dtype}; us of host time, medians")
+    print(HOST_HEADER, flush=True)
+    for name in options.layers:
+        if not _fits(name):
+            continue
+        # No name holds the weights: they are gone before the next layer's are drawn.
+        for line in host_lines(
+            name, SHAPES[name], *draw_weights(SHAPES[name], DTYPES[options.dtype]), tuple(options.tokens)
+        ):
+            print(line, flush=True)
+    return 0
+
+
+def _fits(name: str) -> bool:
+    """Return whether the weights of a layer fit into the free memory; say so where they do not."""
+    free_pool()
+    free_bytes, needed = cupy.cuda.runtime.memGetInfo()[0], SHAPES[name].weight_bytes(SHAPES[name].num_experts)
+    if needed + SPARE_BYTES > free_bytes:
+        sizes = f"its weights take {needed / 2**30:.1f} GiB, and {free_bytes / 2**30:.1f} GiB are free"
+        print(f"{name:<16}  skipped: {sizes}", flush=True)
+    return bool(needed + SPARE_BYTES <= free_bytes)
 
 
 def _print_head(timer: Timer, device: str, dtype: str) -> Roofs:
@@ -200,11 +230,7 @@ def _cases(name: str, options: Namespace, timer: Timer, roofs: Roofs) -> Iterato
     """Measure a layer; say so where there is too little memory for it, or for some number of tokens."""
     shape, dtype = SHAPES[name], DTYPES[options.dtype]
     weight_on = options.weight_on or shape.weight_on
-    free_pool()
-    free_bytes, needed = cupy.cuda.runtime.memGetInfo()[0], shape.weight_bytes(shape.num_experts)
-    if needed + SPARE_BYTES > free_bytes:
-        sizes = f"its weights take {needed / 2**30:.1f} GiB, and {free_bytes / 2**30:.1f} GiB are free"
-        print(f"{name:<16}  skipped: {sizes}", flush=True)
+    if not _fits(name):
         return
     experts, shared = draw_weights(shape, dtype)
     for tokens in options.tokens:

@@ -44,7 +44,7 @@ def rms_norm(x: Any, norm: RMSNorm, plain: Any, scaled: Any) -> None:
         eps=norm.eps,
         padding=0,
     )
-    launch(f"ends_rms_norm_{x.dtype.name}", -(-num_tokens // WARPS), WARPS * 32, argument)
+    launch(f"ends_rms_norm_{x.dtype.name}", -(-num_tokens // WARPS), WARPS * 32, argument, overlap=True)
 
 
 def finish(totals: Any, x: Any, routing: Routing, num_experts: int, frame: Frame, y: Any, residual: Any = None) -> None:
@@ -74,4 +74,4 @@ def finish(totals: Any, x: Any, routing: Routing, num_experts: int, frame: Frame
         eps=0.0 if norm is None else norm.eps,
         padding=0,
     )
-    launch(f"ends_finish_{y.dtype.name}", -(-num_tokens // WARPS), WARPS * 32, argument)
+    launch(f"ends_finish_{y.dtype.name}", -(-num_tokens // WARPS), WARPS * 32, argument, overlap=True)

@@ -188,4 +188,4 @@ def _gate(x: Any, gate: Any, gates: Any) -> None:
         num_tokens=num_tokens,
         hidden_size=hidden_size,
     )
-    launch(f"shared_gate_{x.dtype.name}", -(-num_tokens // GATE_WARPS), GATE_WARPS * 32, argument)
+    launch(f"shared_gate_{x.dtype.name}", -(-num_tokens // GATE_WARPS), GATE_WARPS * 32, argument, overlap=True)
