@@ -81,7 +81,8 @@ def split(weights: np.ndarray, dtype: np.dtype) -> np.ndarray:
     for plane in planes:
         finite = np.isfinite(rest)
         top = np.where(finite, (rest.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32), rest)
-        plane[...] = top
+        with np.errstate(invalid="ignore"):  # NaN stays NaN
+            plane[...] = top
         rest = np.subtract(rest, top, out=np.zeros_like(rest), where=finite)
     return planes
 
