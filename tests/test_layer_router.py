@@ -1,4 +1,4 @@
-"""The router of a layer on a GPU: logits in parts of the hidden dimension, and choice and order of the slots in one kernel."""
+"""The router of a layer on a GPU: logits in parts of the hidden dimension; choice and order of the slots in one kernel."""
 
 import ml_dtypes
 import numpy as np
@@ -76,7 +76,7 @@ def test_planes_add_up_to_the_weights():
 
 
 def run(x, weight, router, *, bias=None, logits=None, num_experts=None, dtype=None):
-    """Run the router on NumPy arrays; return NumPy (topk_ids, topk_weights, groups, logits), all memory poisoned before."""
+    """Run the router on NumPy arrays, in poisoned memory; return NumPy (topk_ids, topk_weights, groups, logits)."""
     import cupy
 
     on_gpu = {name: GPU.asarray(array) for name, array in (("x", x), ("weight", weight), ("bias", bias))}
@@ -179,7 +179,7 @@ def test_chosen_and_sorted_in_one_kernel(dtype, num_tokens, num_experts, num_ide
     ("num_tokens", "num_experts"), [(1, 24), (1, 256), (9, 256), (33, 24), (200, 24), (512, 24), (513, 24)]
 )
 def test_router_of_a_layer(num_tokens, num_experts):
-    """Logits in parts with a bias, groups of experts, and the block that ends last sorts: up to 4096 slots, then all do."""
+    """Logits in parts with a bias, groups of experts; the block that ends last sorts up to 4096 slots, else all do."""
     x, weight = tokens_and_weight(num_tokens, num_tokens, num_experts, 1032, "bfloat16", "bfloat16")
     rng = np.random.default_rng(num_experts)
     bias, selection_bias = rng.normal(0, 0.3, (2, num_experts)).astype(np.float32)
