@@ -1,4 +1,4 @@
-"""The router of a layer on a GPU: logits in parts of the hidden dimension; choice and order of the slots in one kernel."""
+"""The router of a layer on a GPU: logits in parts of the hidden dimension, then choice and order in one kernel."""
 
 import ml_dtypes
 import numpy as np
