@@ -14,6 +14,7 @@ import cumoe
 from cumoe.gpu import driver as driver_module
 from cumoe.gpu import tensor_map, workspace
 from cumoe.gpu.driver import Launch
+from cumoe.gpu.layer_router import LayerRouter
 from cumoe.gpu.operand import Operand
 from cumoe.gpu.structs import Packed, Struct, joined
 from cumoe.gpu.tape import Tape
@@ -365,16 +366,14 @@ def test_a_call_that_does_more_than_launch_is_not_recorded(plays, monkeypatch):
     """An array made on the way would be another one the next time."""
     import cupy
 
-    from cumoe.layer import module
+    layer, call = build("float32"), LayerRouter.__call__
 
-    layer, route = build("float32"), module.gpu_route
-
-    def copying(logits, router, out, input_ids):
-        fresh = cupy.empty(logits.shape, np.float32)
+    def copying(router, x, logits, input_ids, num_experts, buffers):
+        fresh = cupy.empty((x.shape[0], EXPERTS), np.float32)
         fresh.fill(0)
-        return route(fresh, router, out, input_ids)
+        return call(router, x, fresh, input_ids, num_experts, buffers)
 
-    monkeypatch.setattr(module, "gpu_route", copying)
+    monkeypatch.setattr(LayerRouter, "__call__", copying)
     calls = [draw(layer, seed) for seed in range(3)]
     results = [bits(layer(**arguments)) for arguments in calls]
     assert plays == []

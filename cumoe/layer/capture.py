@@ -50,7 +50,7 @@ class Captured:
             raise ValueError(refuse("capture", "a layer on a GPU", str(kind)))
         self.num_tokens = check_count("num_tokens", num_tokens, 1, MAX_SLOTS // layer.router.top_k)
         wanted = _check_inputs(layer, inputs)
-        self.layer = layer
+        self.layer, self._parts = layer, dict(vars(layer))  # also if the layer gets other parts later on
         width, dtype = layer.hidden_size, layer.experts.dtype
         specs: dict[str, tuple[tuple[int, ...], Any]] = {
             "router_logits": ((self.num_tokens, layer.num_choices), np.float32),

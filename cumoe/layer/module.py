@@ -8,14 +8,13 @@ import numpy as np
 from cumoe.cpu.experts import project as cpu_project
 from cumoe.cpu.route import route as cpu_route
 from cumoe.data.frame import Frame, Latent, RMSNorm, check_frame
-from cumoe.data.routing import Router, Routing, admit_input_ids, check_logits, check_router, check_slots
+from cumoe.data.routing import Router, admit_input_ids, check_logits, check_router, check_slots
 from cumoe.door.arrays import Kind, admit_like, cupy, give_back, on_device
 from cumoe.door.checks import FLOAT_DTYPES, check_count, check_dtype, check_shape, refuse
 from cumoe.door.factors import admit_factors
 from cumoe.door.output import admit_residual, check_apart, output
-from cumoe.gpu.experts import router_logits as gpu_router_logits
+from cumoe.gpu.layer_router import LayerRouter
 from cumoe.gpu.operand import Operand
-from cumoe.gpu.route import route as gpu_route
 from cumoe.gpu.tape import Tape
 from cumoe.gpu.workspace import Workspace, total_bytes
 from cumoe.layer.capture import Captured
@@ -143,12 +142,19 @@ class MoE:
         if self.router_bias is not None and self.router_weight is None:
             raise ValueError(refuse("router_weight", "an array, since there is a router_bias", None))
         self._device_id = int(kind.device.partition(":")[2]) if kind.on_gpu else -1
+        self._prepare_router()
         self._workspace = Workspace(self.workspace_bytes(self.max_tokens) if self.max_tokens else 0)
 
+    def _prepare_router(self) -> None:
+        dtype = np.dtype(np.float32) if self.frame.input_norm is not None else self.experts.dtype
+        with on_device(self.kind):
+            self._gpu_router = LayerRouter(self.router, self.router_weight, self.router_bias, dtype, self.num_choices)
+
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; what was recorded of earlier calls is forgotten, since it may depend on it."""
+        """Set an attribute; what was prepared from the old ones or recorded with them is made anew."""
         object.__setattr__(self, name, value)
-        if "_workspace" in vars(self):
+        if not name.startswith("_") and "_workspace" in vars(self):
+            self._prepare_router()
             self._workspace.forget_tapes()
 
     def __call__(
@@ -211,7 +217,7 @@ class MoE:
         if logits is None:
             logits = cpu_project(router_x.astype(np.float32, copy=False), self.router_weight, self.router_bias, None)
         routing = cpu_route(logits, self.router, input_ids)
-        framed_forward(expert_x, routing, self.experts, self.shared, self.weight_on, self.frame, y, {}, residual)
+        framed_forward(expert_x, routing, self.experts, self.shared, self.weight_on, self.frame, y, {}, None, residual)
 
     def forward_gpu(self, workspace: Workspace, arrays: Arrays, y: Any, *, y_is_new: bool) -> None:
         """Compute into `y` from admitted CuPy arrays on the current stream; record how, or repeat what was recorded."""
@@ -243,12 +249,10 @@ class MoE:
         self, x: Any, router_logits: Any, input_ids: Any, residual: Any, y: Any, buffers: dict[str, Any]
     ) -> None:
         router_x, expert_x = normalised(x, self.frame, buffers)
-        if router_logits is None:
-            router_logits = buffers["router_logits"]
-            gpu_router_logits(router_x, self.router_weight, self.router_bias, router_logits)
-        routing = Routing(buffers["topk_ids"], buffers["topk_weights"])
-        gpu_route(router_logits, self.router, routing, input_ids)
-        framed_forward(expert_x, routing, self.experts, self.shared, self.weight_on, self.frame, y, buffers, residual)
+        routing, groups = self._gpu_router(router_x, router_logits, input_ids, self.experts.num_experts, buffers)
+        framed_forward(
+            expert_x, routing, self.experts, self.shared, self.weight_on, self.frame, y, buffers, groups, residual
+        )
 
     @property
     def _reads_x_late(self) -> bool:
@@ -256,7 +260,9 @@ class MoE:
         return self.frame.num_identity_experts > 0 and self.frame.input_norm is None
 
     def _buffers(self, num_tokens: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        return frame_buffers(num_tokens, self.router.top_k, self.hidden_size, self.experts, self.shared, self.frame)
+        top_k, frame = self.router.top_k, self.frame
+        wanted = frame_buffers(num_tokens, top_k, self.hidden_size, self.experts, self.shared, frame)
+        return wanted | self._gpu_router.buffers(num_tokens, self.experts.num_experts)
 
     def capture(self, num_tokens: int, inputs: Sequence[str] = ()) -> Captured:
         """Return the forward of `num_tokens` tokens as a CUDA graph on buffers of its own.
