@@ -32,6 +32,7 @@ SUITES = {
     "test_frame.py": 60,
     "test_combine.py": 30,
     "test_capture.py": 20,
+    "test_plan.py": 17,
     "test_activation.py": 70,
 }
 """The files whose GPU half runs here, the slowest first, and how many tests that is at least."""

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from cumoe.door.arrays import cupy
-from cumoe.gpu.compile import launch, num_multiprocessors
+from cumoe.gpu.compile import current_device, launch, num_multiprocessors
 from cumoe.gpu.structs import Struct
 
 THREADS = 256
@@ -44,5 +43,5 @@ def combine(
     vector = VECTOR_BYTES // rows.dtype.itemsize
     vector = vector if hidden_size % vector == 0 and aligned else 1
     blocks = -(-(y.size // vector) // THREADS)
-    grid = min(blocks, BLOCKS_PER_SM * num_multiprocessors(cupy.cuda.runtime.getDevice()))
+    grid = min(blocks, BLOCKS_PER_SM * num_multiprocessors(current_device()))
     launch(f"combine_{y.dtype.name}_{rows.dtype.name}_{vector}", grid, THREADS, argument, overlap=True)

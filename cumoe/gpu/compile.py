@@ -1,13 +1,17 @@
 """Compiling the CUDA sources when the package is imported, and handing out kernels."""
 
 import logging
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from cumoe.door.arrays import cupy
 from cumoe.door.checks import refuse
+from cumoe.gpu.config import Gpu
 from cumoe.gpu.driver import Launch
 from cumoe.gpu.sources import OPTIONS, UNITS, WGMMA_OPTIONS, WGMMA_UNITS, unit_source
 from cumoe.gpu.structs import Packed
@@ -57,9 +61,67 @@ def modules() -> dict[str, Any]:
     return portable | hopper
 
 
+class Note(NamedTuple):
+    """A launch that was described and not done."""
+
+    kernel: str
+    grid: int
+    block: int
+    shared_bytes: int
+    arrays: tuple[Any, ...]  # that its argument points to
+    work: Any  # what the launching function says of it
+
+
+class Rehearsal(NamedTuple):
+    """A GPU that need not be there, and what was to be launched on it."""
+
+    gpu: Gpu
+    notes: list[Note]
+
+
+_thread = threading.local()
+
+
+@contextmanager
+def rehearsed(gpu: Gpu) -> Iterator[list[Note]]:
+    """Let this thread note its launches for a GPU of this description instead of doing them."""
+    _thread.rehearsal = Rehearsal(gpu, [])
+    try:
+        yield _thread.rehearsal.notes
+    finally:
+        _thread.rehearsal = None
+
+
+def rehearsal() -> Rehearsal | None:
+    """Return the rehearsal of this thread, if there is one."""
+    return getattr(_thread, "rehearsal", None)
+
+
+def current_device() -> int:
+    """Return the number of the current device; -1 in a rehearsal."""
+    return -1 if rehearsal() else int(cupy.cuda.runtime.getDevice())
+
+
+def gpu_of(device_id: int) -> Gpu:
+    """Return what decides about kernels on a device, or on the one of the rehearsal."""
+    playing = rehearsal()
+    return _gpu_of(device_id) if playing is None else playing.gpu
+
+
 @cache
+def _gpu_of(device_id: int) -> Gpu:
+    attributes = cupy.cuda.Device(device_id).attributes
+    engine = "wgmma" if _has_wgmma(device_id) else "mma"
+    return Gpu(int(attributes["MultiProcessorCount"]), int(attributes["MaxSharedMemoryPerBlockOptin"]), engine)
+
+
 def has_wgmma(device_id: int) -> bool:
     """Return whether the Hopper kernels serve this device; if only the compiler is too old, a warning says so once."""
+    return gpu_of(device_id).engine == "wgmma"
+
+
+@cache
+def _has_wgmma(device_id: int) -> bool:
     if int(cupy.cuda.Device(device_id).compute_capability) != WGMMA_COMPUTE_CAPABILITY:
         return False
     version = cupy.cuda.nvrtc.getVersion()
@@ -118,12 +180,24 @@ def kernel(name: str) -> Any:
 _allowed: dict[tuple[str, int], int] = {}  # (kernel, device) -> dynamic shared memory it may use
 
 
-def launch(name: str, grid: int, block: int, argument: Packed, shared_bytes: int = 0, *, overlap: bool = False) -> None:
+def launch(
+    name: str,
+    grid: int,
+    block: int,
+    argument: Packed,
+    shared_bytes: int = 0,
+    *,
+    overlap: bool = False,
+    work: Any = None,
+) -> None:
     """Launch a kernel with one by-value struct on the current stream of the current device.
 
     `overlap` lets it begin before the previous kernel has ended, where the GPU can; it has to wait by itself then. A
-    tape that records this thread keeps the launch.
+    tape that records this thread keeps the launch; a rehearsal only notes it, and `work`.
     """
+    if (playing := rehearsal()) is not None:
+        playing.notes.append(Note(name, grid, block, shared_bytes, argument.arrays, work))
+        return
     function, device_id = kernel(name), cupy.cuda.runtime.getDevice()
     if shared_bytes > 48 * 1024:
         key = (name, device_id)
@@ -143,13 +217,11 @@ def can_overlap(device_id: int) -> bool:
     return int(cupy.cuda.Device(device_id).compute_capability) >= OVERLAP_COMPUTE_CAPABILITY
 
 
-@cache
 def num_multiprocessors(device_id: int) -> int:
     """Return the number of SMs of a device."""
-    return int(cupy.cuda.Device(device_id).attributes["MultiProcessorCount"])
+    return gpu_of(device_id).num_multiprocessors
 
 
-@cache
 def max_shared_bytes(device_id: int) -> int:
     """Return how much shared memory a block may have on a device."""
-    return int(cupy.cuda.Device(device_id).attributes["MaxSharedMemoryPerBlockOptin"])
+    return gpu_of(device_id).shared_bytes

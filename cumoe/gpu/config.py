@@ -7,6 +7,14 @@ WARPGROUP = 128
 SMALLEST_SLAB_BYTES = 2 * 16 * 68 * 4
 
 
+class Gpu(NamedTuple):
+    """What of a GPU decides about kernels and grids."""
+
+    num_multiprocessors: int = 132
+    shared_bytes: int = 232_448  # that a block may have
+    engine: str = "wgmma"  # the best for 16-bit arrays: "wgmma" on Hopper, else "mma"
+
+
 class TileConfig(NamedTuple):
     """One way to compute a grouped GEMM; the numbers are those of kernels/grouped_gemm_*."""
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from cumoe.data.groups import Groups
 from cumoe.door.arrays import cupy
-from cumoe.gpu.compile import launch, max_shared_bytes
+from cumoe.gpu.compile import current_device, launch, max_shared_bytes
 from cumoe.gpu.structs import Packed, Struct
 
 WARPS = 32
@@ -71,7 +71,7 @@ def group(ids: Any, num_experts: int, out: dict[str, Any] | None = None) -> Grou
         groups.tokens_per_expert.fill(0)
         return groups
     blocks = num_blocks(num_slots)
-    warps = num_warps(num_slots, num_experts, max_shared_bytes(cupy.cuda.runtime.getDevice()))
+    warps = num_warps(num_slots, num_experts, max_shared_bytes(current_device()))
     threads = warps * 32
     packed = pack(ids, num_experts, out, slots_per_block=-(-num_slots // (blocks * threads)) * threads)
     if blocks > 1:

@@ -1,12 +1,11 @@
 """Launching kernels/grouped_gemm_*: the products of expert stacks, one projection or both in one launch."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from cumoe.door.arrays import cupy
-from cumoe.gpu.compile import launch, num_multiprocessors
+from cumoe.gpu.compile import current_device, launch, num_multiprocessors
 from cumoe.gpu.config import TileConfig, grid_size, max_tiles, select_config, spread
 from cumoe.gpu.stacks import STACK, ExpertStack, strides
 from cumoe.gpu.structs import Packed, Struct, joined
@@ -18,6 +17,14 @@ MAX_STACKS = 8
 PORTABLE_TAIL = Struct(int32=("num_stacks", "c_is_float32"))
 WGMMA_TAIL = Struct(pointer=("progress",), int32=("num_stacks", "num_products", "num_stages", "weave"))
 WGMMA_BYTES = -(-(2 * MAX_STACKS * (3 * MAP_BYTES + STACK.itemsize) + WGMMA_TAIL.itemsize) // 64) * 64
+
+
+class Work(NamedTuple):
+    """What a launch computes."""
+
+    config: TileConfig
+    tiles: int  # at most, for any routing
+    stacks: tuple[ExpertStack, ...]
 
 
 def run_both(first: Iterable[ExpertStack], second: Iterable[ExpertStack], progress: Any) -> None:
@@ -64,8 +71,10 @@ def _launch_portable(kernel: tuple[str, ...], stacks: Sequence[ExpertStack]) -> 
         name += f"_{config.block_m}_{variant[1]}"
     tail = PORTABLE_TAIL(num_stacks=len(stacks), c_is_float32=stacks[0].c.dtype == np.float32)
     packed = joined((_pack(stacks, MAX_STACKS), tail))
-    grid = grid_size(config, max_tiles(config, sizes), _num_sms())
-    launch(name, grid, config.threads, packed, config.shared_bytes(sum(size.num_experts for size in sizes)))
+    work = Work(config, max_tiles(config, sizes), tuple(stacks))
+    grid = grid_size(config, work.tiles, _num_sms())
+    shared_bytes = config.shared_bytes(sum(size.num_experts for size in sizes))
+    launch(name, grid, config.threads, packed, shared_bytes, work=work)
 
 
 def _launch_wgmma(kernel: tuple[str, ...], products: Sequence[Sequence[ExpertStack]], progress: Any = None) -> None:
@@ -94,6 +103,7 @@ def _launch_wgmma(kernel: tuple[str, ...], products: Sequence[Sequence[ExpertSta
         # A small grid waits for the end of the previous kernel: it would crowd on the first SMs that fall free, and two
         # share a path to memory; else it spreads over all pairs.
         overlap=grid > num_sms // 2,
+        work=Work(config, tiles, tuple(ordered)),
     )
 
 
@@ -116,4 +126,4 @@ def _pack(stacks: Sequence[ExpertStack], room: int) -> Packed:
 
 
 def _num_sms() -> int:
-    return num_multiprocessors(cupy.cuda.runtime.getDevice())
+    return num_multiprocessors(current_device())

@@ -4,9 +4,8 @@ from typing import Any, NamedTuple
 
 from cumoe.data.groups import Groups
 from cumoe.data.routing import Router, Routing
-from cumoe.door.arrays import cupy
 from cumoe.gpu import group, route
-from cumoe.gpu.compile import launch, max_shared_bytes
+from cumoe.gpu.compile import current_device, launch, max_shared_bytes
 from cumoe.gpu.structs import Struct, joined
 
 PLACE, PUBLISH = 0, 1
@@ -80,7 +79,7 @@ def route_and_group(
     if num_tokens == 0:
         return routing, group.group(routing.topk_ids, num_experts, out)
     words = route.words_per_warp(router, logits.shape[-1])
-    max_bytes = max_shared_bytes(cupy.cuda.runtime.getDevice())
+    max_bytes = max_shared_bytes(current_device())
     how = split(num_tokens, top_k, words, num_experts, max_bytes, alone=blocks_done is not None)
     slots_per_block = how.warps * how.tokens_per_warp * top_k
     if how.then == PLACE:

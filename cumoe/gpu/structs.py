@@ -22,10 +22,11 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Packed:
-    """The bytes of an argument or of a part of it, and the places in them that follow the caller's arrays."""
+    """The bytes of an argument or of a part of it, and what they refer to."""
 
     data: bytes
-    places: tuple[Place, ...] = ()
+    places: tuple[Place, ...] = ()  # that follow the caller's arrays
+    arrays: tuple[Any, ...] = ()  # by pointer
 
     def padded(self, num_bytes: int) -> "Packed":
         """Return the same with zeros behind, `num_bytes` in all."""
@@ -35,12 +36,16 @@ class Packed:
 
 def joined(parts: Iterable[Packed]) -> Packed:
     """Return the parts one behind the other."""
-    data, places, begin = [], [], 0
+    data: list[bytes] = []
+    places: list[Place] = []
+    arrays: list[Any] = []
+    begin = 0
     for part in parts:
         data.append(part.data)
         places += [place._replace(at=begin + place.at) for place in part.places]
+        arrays += part.arrays
         begin += len(part.data)
-    return Packed(b"".join(data), tuple(places))
+    return Packed(b"".join(data), tuple(places), tuple(arrays))
 
 
 class Struct:
@@ -72,11 +77,13 @@ class Struct:
         A pointer has to come as the array: an address alone does not say whose it is.
         """
         assert len(values) == len(self.names)
-        places = []
+        places, arrays = [], []
         for at, name in self._pointers:
             array = values[name]
             assert not isinstance(array, int), f"{name} is a bare address"
             values[name] = 0 if array is None else array.data.ptr
+            if array is not None:
+                arrays.append(array)
             if isinstance(array, Operand) and array.source is not None:
                 places.append(Place(at, array.source, array.offset))
-        return Packed(self._struct.pack(*[values[name] for name in self.names]), tuple(places))
+        return Packed(self._struct.pack(*[values[name] for name in self.names]), tuple(places), tuple(arrays))

@@ -13,6 +13,7 @@ from cumoe.door.arrays import Kind, admit_like, cupy, give_back, on_device
 from cumoe.door.checks import FLOAT_DTYPES, check_count, check_dtype, check_shape, refuse
 from cumoe.door.factors import admit_factors
 from cumoe.door.output import admit_residual, check_apart, output
+from cumoe.gpu.config import Gpu
 from cumoe.gpu.layer_router import LayerRouter
 from cumoe.gpu.operand import Operand
 from cumoe.gpu.tape import Tape
@@ -20,6 +21,7 @@ from cumoe.gpu.workspace import Workspace, total_bytes
 from cumoe.layer.capture import Captured
 from cumoe.layer.frame import frame_buffers, framed_forward, normalised
 from cumoe.layer.moe import WeightOn, admit_tokens, check_weights
+from cumoe.layer.plan import Plan, Roofs, plan
 from cumoe.layer.replay import VECTOR_BYTES, Arrays, key_of, replayed
 
 ARGUMENTS = ("x", "router_logits", "input_ids", "residual", "y")
@@ -141,7 +143,7 @@ class MoE:
         self.router_bias = admit_factors("router_bias", router_bias, axes, kind, "experts")
         if self.router_bias is not None and self.router_weight is None:
             raise ValueError(refuse("router_weight", "an array, since there is a router_bias", None))
-        self._device_id = int(kind.device.partition(":")[2]) if kind.on_gpu else -1
+        self.device_id = int(kind.device.partition(":")[2]) if kind.on_gpu else -1
         self._prepare_router()
         self._workspace = Workspace(self.workspace_bytes(self.max_tokens) if self.max_tokens else 0)
 
@@ -187,7 +189,7 @@ class MoE:
         """
         if self.kind.library == "cupy":
             arrays = (x, router_logits, input_ids, residual)
-            y = replayed(self._workspace, self._device_id, arrays, out, reads_x_late=self._reads_x_late)
+            y = replayed(self._workspace, self.device_id, arrays, out, reads_x_late=self._reads_x_late)
             if y is not None:
                 return y
         tokens, kind = admit_tokens(x, self.experts, self.hidden_size)
@@ -227,13 +229,13 @@ class MoE:
         addresses = (*addresses[:-1], y.data.ptr)
         stream = cupy.cuda.get_current_stream().ptr
         with workspace.lock:
-            block = workspace.block(self._device_id, stream)
+            block = workspace.block(self.device_id, stream)
             tape = None if block is None else block.tape(key)
             if tape is not None:
                 tape.play(addresses)
                 return
-            wanted = self._buffers(y.shape[0])
-            block = workspace.grown(self._device_id, stream, total_bytes(wanted))
+            wanted = self.buffers(y.shape[0])
+            block = workspace.grown(self.device_id, stream, total_bytes(wanted))
             buffers = block.arrays(wanted)
             tape = Tape(buffers, **dict(zip(ARGUMENTS, addresses, strict=True)))
             operands = {
@@ -241,13 +243,14 @@ class MoE:
                 for name, array in zip(ARGUMENTS, (*arrays, y), strict=True)
             }
             with tape.recording():
-                self._launch_all(**operands, buffers={name: Operand(array) for name, array in buffers.items()})
+                self.launch_all(**operands, buffers={name: Operand(array) for name, array in buffers.items()})
             if tape.allocated_bytes == 0:
                 block.keep(key, tape)
 
-    def _launch_all(
+    def launch_all(
         self, x: Any, router_logits: Any, input_ids: Any, residual: Any, y: Any, buffers: dict[str, Any]
     ) -> None:
+        """Launch the whole forward, on operands or stand-ins; in this order, and nothing besides."""
         router_x, expert_x = normalised(x, self.frame, buffers)
         routing, groups = self._gpu_router(router_x, router_logits, input_ids, self.experts.num_experts, buffers)
         framed_forward(
@@ -259,7 +262,8 @@ class MoE:
         """Whether x is read while the result is written."""
         return self.frame.num_identity_experts > 0 and self.frame.input_norm is None
 
-    def _buffers(self, num_tokens: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    def buffers(self, num_tokens: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Return name, shape and dtype of all that a forward writes besides its output, on a GPU."""
         top_k, frame = self.router.top_k, self.frame
         wanted = frame_buffers(num_tokens, top_k, self.hidden_size, self.experts, self.shared, frame)
         return wanted | self._gpu_router.buffers(num_tokens, self.experts.num_experts)
@@ -304,10 +308,41 @@ class MoE:
         """
         return Captured(self, num_tokens, inputs)
 
+    def plan(self, num_tokens: int, gpu: Gpu | None = None, roofs: Roofs | None = None) -> Plan:
+        """Return what a call on `num_tokens` tokens launches, and what that costs at best; print it.
+
+        Parameters
+        ----------
+        num_tokens : int
+            At least 1, with num_tokens * top_k below 2^31.
+        gpu : cumoe.gpu.config.Gpu, optional
+            The layer's own by default; an H200 for a layer on the CPU, whose arrays are taken to be aligned.
+        roofs : cumoe.layer.plan.Roofs, optional
+            Rates of the GPU; by default 785 TFLOP/s and 4.51 TB/s, as measured on an H200.
+
+        Returns
+        -------
+        Plan
+            Its text is a report: a line a launch with kernel, grid and block, tile (token rows x weight rows), work
+            units (tiles at most, for any routing), waves, blocks an SM, dynamic shared memory, bytes and FLOPs, and
+            the time at the nearer of the two roofs. Bytes count every operand of a launch once, of routed weights
+            those of the experts that are hit if every token chooses uniformly.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `num_tokens` is no int or out of range.
+
+        Notes
+        -----
+        Runs the layer's own launch code without launching; takes about a millisecond.
+        """
+        return plan(self, num_tokens, gpu, roofs)
+
     def workspace_bytes(self, num_tokens: int) -> int:
         """Return the bytes of GPU memory that a call on `num_tokens` tokens needs besides its output; 0 on a CPU."""
         check_count("num_tokens", num_tokens, 0)
-        return total_bytes(self._buffers(num_tokens)) if self.experts.kind.on_gpu else 0
+        return total_bytes(self.buffers(num_tokens)) if self.experts.kind.on_gpu else 0
 
     @property
     def kind(self) -> Kind:
