@@ -12,15 +12,14 @@ template <int KEYS> __device__ __forceinline__ void route(const RouterLaunch& la
   extern __shared__ uint32 dynamic_smem[];
   wait_for_previous_kernel();
   launch_next_kernel();
-  int warp = threadIdx.x / WARP;
-  int64 token = (int64)blockIdx.x * WARPS + warp;
-  if (token < launch.num_tokens) route_token<KEYS>(launch, token, dynamic_smem + warp * launch.words_per_warp);
+  int64 begin = (int64)blockIdx.x * WARPS, end = begin + WARPS < launch.num_tokens ? begin + WARPS : launch.num_tokens;
+  route_tokens<KEYS, WARPS>(launch, begin, end, dynamic_smem);
 }
 
 }  // namespace route
 
 #define ROUTE(NAME, KEYS)                                                                    \
-  extern "C" __global__ void __launch_bounds__(WARP * route::WARPS)                          \
+  extern "C" __global__ void __launch_bounds__(WARP * route::WARPS, 8)                        \
       NAME(const __grid_constant__ route::RouterLaunch launch) { route::route<KEYS>(launch); }
 
 ROUTE(route_8, 8)

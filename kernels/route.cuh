@@ -1,6 +1,6 @@
-// route: one token's logits -> its topk_ids and topk_weights, by a warp.
+// route: logits of tokens -> their topk_ids and topk_weights; the block reads, a warp a token chooses and weighs.
 //
-//   smem     a warp: num_experts logits, as many keys where something is added to what ranks, max(top_k, num_groups) words;
+//   smem     a warp: max(top_k, num_groups) words, num_experts logits, as many keys where something is added to what ranks;
 //            at 1024 experts and top_k = 8 between 4 and 8 KiB
 //
 // The logits are read once: they may come as partial sums (see router_gemm.cu), which are added in order, the bias last.
@@ -12,9 +12,11 @@
 // by its token id; those that name no expert get id -1, weight 0.
 //
 // With few tokens this code runs once, and a line of eight instructions takes longer to come than to run: loops stay loops
-// unless they carry registers.
+// unless they carry registers, and the whole block reads and scores the logits of even one token.
 //
-// barrier: __syncwarp only; a warp shares nothing with the others.
+//   barrier           means
+//   __syncthreads     the logits of the block's tokens are in shared memory, or no longer needed there
+//   __syncwarp        a warp shares its token with no other
 #pragma once
 #include "types.cuh"
 
@@ -46,7 +48,7 @@ struct RouterLaunch {
   float mixer_eps;              // of SPARSE_MIXER
   int vocab_size;
   int words_per_warp;           // of shared memory
-  int logits_type, padding;     // with several parts: FLOAT32, side by side
+  int logits_type, padding;
 };
 static_assert(sizeof(RouterLaunch) == 168, "cumoe/gpu/route.py packs 168 bytes");
 
@@ -63,6 +65,46 @@ __device__ __forceinline__ float score_of(uint32 key) {
   return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
 
+// Whether experts are ranked by something else than their logits.
+__device__ __forceinline__ bool ranks_apart(const RouterLaunch& p) { return p.selection_bias || p.num_groups > 1; }
+
+// The key of an expert whose score, or logit, is `value`.
+__device__ __forceinline__ uint32 ranked(const RouterLaunch& p, int expert, float value) {
+  return key_of(p.selection_bias ? value + p.selection_bias[expert] : value);
+}
+
+// The score of a logit that needs no others.
+__device__ __forceinline__ float score_alone(const RouterLaunch& p, float logit) {
+  if (p.scoring == SIGMOID) return __fdividef(1.0f, 1.0f + expf(-logit));
+  // Beyond 20 softplus is l or e^l up to e^-20 = 2e-9; below, the root is taken of e^l itself, which may underflow.
+  if (logit < -20.0f) return expf(0.5f * logit);
+  return sqrtf(logit > 20.0f ? logit : log1pf(expf(logit)));
+}
+
+// Fills the shared memory of `count` tokens, which are at most WARPS: the sums of all parts, and keys that need no softmax.
+template <int WARPS, typename T>
+__device__ __forceinline__ void load(const RouterLaunch& p, int64 first_token, int count, uint32* smem) {
+  constexpr int THREADS = WARPS * WARP;
+  int picked = max(p.top_k, p.num_groups), across = min(THREADS, ceil_div(p.num_experts, WARP) * WARP);
+  bool scores = ranks_apart(p) && !(p.scoring == SOFTMAX && p.select_by == SCORES);
+#pragma unroll 1
+  for (int t = threadIdx.x / across; t < count && (int)threadIdx.x < THREADS / across * across; t += THREADS / across) {
+    const T* row = static_cast<const T*>(p.logits) + (first_token + t) * p.row_stride;
+    uint32* words = smem + t * p.words_per_warp + picked;
+#pragma unroll 1
+    for (int e = threadIdx.x % across; e < p.num_experts; e += across) {
+      const T* at = row + e * p.col_stride;
+      float value = to_float(*at);  // a single part stays as it is: a sum would flush subnormals
+#pragma unroll 8
+      for (int part = 1; part < p.num_parts; ++part) value += to_float(at[part * p.part_stride]);
+      if (p.router_bias) value += p.router_bias[e];
+      if (p.softcap > 0.0f) value = p.softcap * tanhf(value / p.softcap);
+      words[e] = __float_as_uint(value);
+      if (scores) words[p.num_experts + e] = ranked(p, e, p.select_by == LOGITS ? value : score_alone(p, value));
+    }
+  }
+}
+
 // KEYS: experts of a lane, of which there are at most 32 KEYS in all.
 template <int KEYS> struct Token {
   const RouterLaunch& p;
@@ -72,44 +114,10 @@ template <int KEYS> struct Token {
   int lane;
   float largest, denominator;  // of the softmax over all experts
 
-  __device__ __forceinline__ void keep(int expert, float value) {
-    if (p.router_bias) value += p.router_bias[expert];
-    logits[expert] = p.softcap > 0.0f ? p.softcap * tanhf(value / p.softcap) : value;
-  }
-
-  template <typename T> __device__ __forceinline__ void load(const T* row) {
-#pragma unroll 4
-    for (int e = lane; e < p.num_experts; e += WARP) keep(e, to_float(row[e * p.col_stride]));
-    __syncwarp();
-  }
-
-  // Adds float32 parts that lie side by side; several of them on their way.
-  __device__ __forceinline__ void load_parts(const float* row) {
-    constexpr int AHEAD = KEYS >= 16 ? 1 : 32 / KEYS;
-    float sum[KEYS] = {};
-#pragma unroll AHEAD
-    for (int part = 0; part < p.num_parts; ++part, row += p.part_stride)
-#pragma unroll
-      for (int i = 0; i < KEYS; ++i)
-        if (lane + i * WARP < p.num_experts) sum[i] += row[lane + i * WARP];
-#pragma unroll
-    for (int i = 0; i < KEYS; ++i)
-      if (lane + i * WARP < p.num_experts) keep(lane + i * WARP, sum[i]);
-    __syncwarp();
-  }
-
   __device__ __forceinline__ float logit(int expert) const { return logits[expert]; }
 
-  // Whether experts are ranked by something else than their logits.
-  __device__ __forceinline__ bool ranks_apart() const { return p.selection_bias || p.num_groups > 1; }
-
-  // The score of a logit, or of a logit moved by `shift` when all chosen ones lie far below zero (see weigh).
   __device__ __forceinline__ float score(float logit) const {
-    if (p.scoring == SOFTMAX) return expf(logit - largest) / denominator;
-    if (p.scoring == SIGMOID) return __fdividef(1.0f, 1.0f + expf(-logit));
-    // Beyond 20 softplus is l or e^l up to e^-20 = 2e-9; below, the root is taken of e^l itself, which may underflow.
-    if (logit < -20.0f) return expf(0.5f * logit);
-    return sqrtf(logit > 20.0f ? logit : log1pf(expf(logit)));
+    return p.scoring == SOFTMAX ? expf(logit - largest) / denominator : score_alone(p, logit);
   }
 
   __device__ __forceinline__ bool exists(int expert) const { return expert >= 0 && expert < p.num_experts; }
@@ -130,14 +138,14 @@ template <int KEYS> struct Token {
   }
 
   __device__ __forceinline__ void rank() {
-    if (p.scoring == SOFTMAX && p.select_by == SCORES) softmax_over(p.num_experts, [&](int e) { return logit(e); });
-    if (p.expert_table || !ranks_apart()) return;
+    bool softmax = p.scoring == SOFTMAX && p.select_by == SCORES;
+    if (softmax) softmax_over(p.num_experts, [&](int e) { return logit(e); });
+    if (p.expert_table || !ranks_apart(p)) return;
+    if (softmax) {
 #pragma unroll 1
-    for (int e = lane; e < p.num_experts; e += WARP) {
-      float value = p.select_by == LOGITS ? logit(e) : score(logit(e));
-      keys[e] = key_of(p.selection_bias ? value + p.selection_bias[e] : value);
+      for (int e = lane; e < p.num_experts; e += WARP) keys[e] = ranked(p, e, score(logit(e)));
+      __syncwarp();
     }
-    __syncwarp();
     if (p.num_groups > 1) drop_groups();
   }
 
@@ -196,7 +204,7 @@ template <int KEYS> struct Token {
 #pragma unroll
     for (int i = 0; i < KEYS; ++i) {
       int e = lane + i * WARP;
-      own[i] = e >= p.num_experts ? TAKEN : ranks_apart() ? keys[e] : key_of(logits[e]);
+      own[i] = e >= p.num_experts ? TAKEN : ranks_apart(p) ? keys[e] : key_of(logits[e]);
     }
     auto look = [&] {
       best = TAKEN, at = 0;
@@ -282,21 +290,29 @@ template <int KEYS> struct Token {
   }
 };
 
-// The token's ids and weights, written by the calling warp; `words` is its part of shared memory.
-template <int KEYS> __device__ __forceinline__ void route_token(const RouterLaunch& launch, int64 token, uint32* words) {
-  int picked = max(launch.top_k, launch.num_groups);
+// The ids and weights of tokens begin .. end - 1, written by the whole block.
+template <int KEYS, int WARPS>
+__device__ __forceinline__ void route_tokens(const RouterLaunch& launch, int64 begin, int64 end, uint32* smem) {
+  int warp = threadIdx.x / WARP, picked = max(launch.top_k, launch.num_groups);
+  uint32* words = smem + warp * launch.words_per_warp;
   float* logits = reinterpret_cast<float*>(words) + picked;
-  Token<KEYS> row{launch, logits, words, words + picked + launch.num_experts, (int)threadIdx.x % WARP, 0.0f, 1.0f};
-  int64 first = token * launch.row_stride;
-  if (launch.num_parts > 1) row.load_parts(static_cast<const float*>(launch.logits) + first);
-  else if (launch.logits_type == FLOAT32) row.load(static_cast<const float*>(launch.logits) + first);
-  else if (launch.logits_type == BFLOAT16) row.load(static_cast<const bf16*>(launch.logits) + first);
-  else row.load(static_cast<const fp16*>(launch.logits) + first);
-  row.rank();
-  if (launch.expert_table) row.look_up(token);
-  else row.choose();
-  if (launch.scoring == SPARSE_MIXER) row.mix(token);
-  else row.weigh(token);
+#pragma unroll 1
+  for (int64 first = begin; first < end; first += WARPS) {
+    int count = end - first < WARPS ? (int)(end - first) : WARPS;
+    if (launch.logits_type == FLOAT32) load<WARPS, float>(launch, first, count, smem);
+    else if (launch.logits_type == BFLOAT16) load<WARPS, bf16>(launch, first, count, smem);
+    else load<WARPS, fp16>(launch, first, count, smem);
+    __syncthreads();
+    if (warp < count) {
+      Token<KEYS> row{launch, logits, words, words + picked + launch.num_experts, (int)threadIdx.x % WARP, 0.0f, 1.0f};
+      row.rank();
+      if (launch.expert_table) row.look_up(first + warp);
+      else row.choose();
+      if (launch.scoring == SPARSE_MIXER) row.mix(first + warp);
+      else row.weigh(first + warp);
+    }
+    __syncthreads();
+  }
 }
 
 }  // namespace route

@@ -1,14 +1,12 @@
 // route_and_group: router logits -> topk_ids, topk_weights, and the order in which the experts read the slots; one launch
 // where one block can place all slots, else the first of two.
 //
-//   grid     each block routes a run of tokens_per_block neighbouring tokens, a warp a token at a time
+//   grid     each block routes a run of tokens_per_block neighbouring tokens; see route.cuh
 //   then     PLACE: the block that ends last sorts all slots (at most 4096); the others are gone by then
 //            PUBLISH: every block counts its own slots, and group_place follows with the same blocks
 //   block    32 warps, or 8 for few slots and where shared memory is short
 //   smem     words_per_warp words a warp that routes (see route.cuh), then the counters of group.cuh in the same place
 //
-//   barrier            means
-//   before the count   all ids of the block are written, and nobody reads the logits in shared memory any more
 //   blocks_done        counter in global memory, 0 between launches: ids written before an arrival are seen by the last one
 //
 // Which block comes last decides only who works: positions follow from the ids alone.
@@ -45,24 +43,18 @@ template <int KEYS, int WARPS> __device__ __forceinline__ void run(const RouteAn
   extern __shared__ uint32 dynamic_smem[];
   wait_for_previous_kernel();
   launch_next_kernel();
-  int warp = threadIdx.x / WARP;
   int64 begin = (int64)blockIdx.x * launch.tokens_per_block, end = begin + launch.tokens_per_block;
   if (end > launch.router.num_tokens) end = launch.router.num_tokens;
-#pragma unroll 1
-  for (int64 token = begin + warp; token < end; token += WARPS) {
-    route::route_token<KEYS>(launch.router, token, dynamic_smem + warp * launch.router.words_per_warp);
-    __syncwarp();  // the next token's logits take the place of these
-  }
-  __syncthreads();
+  route::route_tokens<KEYS, WARPS>(launch.router, begin, end, dynamic_smem);
   int* histograms = reinterpret_cast<int*>(dynamic_smem);
   group::Part part{(int)blockIdx.x, (int)gridDim.x};
+  if (launch.then == PLACE && gridDim.x > 1 && !comes_last(launch.blocks_done)) return;
   if (launch.then == PLACE) {
-    if (gridDim.x > 1 && !comes_last(launch.blocks_done)) return;
-    part = {0, 1};
+    group::place<WARPS>(launch.group, {0, 1}, histograms);
+  } else {
+    group::count<WARPS>(launch.group, part, histograms);
+    group::publish<WARPS>(launch.group, part, histograms);
   }
-  group::count<WARPS>(launch.group, part, histograms);
-  if (launch.then == PLACE) group::place<WARPS>(launch.group, part, histograms);
-  else group::publish<WARPS>(launch.group, part, histograms);
 }
 
 }  // namespace route_and_group
