@@ -115,10 +115,10 @@ def load(
 
     Notes
     -----
-    Everything is checked before the first weight is read. Each byte of the layer's tensors is read once, from the
-    mapped file to its place, while a thread reads up to 256 MiB ahead; no other layer's bytes are touched. The host
-    needs no more memory than that, and on the CPU the arrays themselves. Matrices that a checkpoint stores transposed
-    or interleaved stay so and are read through strides.
+    Everything is checked before the first weight is read. Each byte of the layer's tensors is read once, by up to eight
+    threads in pieces of 8 MiB; no other layer's bytes are touched. On the way to a GPU the host holds two pieces a
+    thread, 128 MiB of pinned memory, and the call returns when all have arrived. On the CPU pieces are read into the
+    arrays themselves. Matrices that a checkpoint stores transposed or interleaved stay so and are read through strides.
     """
     check_word("device", device, ("auto", "gpu", "cpu"))
     check_word("progress", progress, ("bar", "none"))

@@ -1,5 +1,6 @@
 """How checkpoints store the projections of experts, and which bytes make up the stacked arrays."""
 
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,7 +20,8 @@ class Copy(NamedTuple):
     """A run of bytes of a file, and the place in an array where it goes."""
 
     tensor: Tensor
-    source: Any  # index into the tensor
+    begin: int  # byte offset in the tensor
+    num_bytes: int
     target: Any  # index into the array; contiguous elements
 
 
@@ -29,7 +31,7 @@ class Plan(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype
     copies: tuple[Copy, ...]
-    whole: Tensor | None = None  # the tensor whose bytes, in their order, are those of the array, if there is one
+    whole: Tensor | None = None  # the tensor whose first bytes, in their order, are those of the array, if there is one
     swap: bool = False  # the last two axes after filling, as a view
 
     @property
@@ -45,7 +47,7 @@ class Plan(NamedTuple):
 def plan_tensor(tensor: Tensor, shape: tuple[int, ...]) -> Plan:
     """Return the plan of an array that is one tensor."""
     assert tensor.dtype is not None
-    return Plan(shape, tensor.dtype, (Copy(tensor, (), ()),), tensor)
+    return Plan(shape, tensor.dtype, (Copy(tensor, 0, tensor.num_bytes, ()),), tensor)
 
 
 def check_float(tensor: Tensor) -> np.dtype:
@@ -136,16 +138,17 @@ class Projections:
         """Plan (num_experts, parts, ...) from tensors of which every expert has the shape `own`."""
         rows = own[0]
         stored = {"each": own, "one": (num_experts, *own), "flat": (num_experts * rows, *own[1:])}[self.stack]
+        num_bytes = math.prod(own) * dtype.itemsize
         copies = []
         for e in range(num_experts):
-            source = {"each": (), "one": e, "flat": slice(e * rows, (e + 1) * rows)}[self.stack]
+            begin = 0 if self.stack == "each" else e * num_bytes
             for i, part in enumerate(parts):
                 tensor = names.tensor(part, e)
                 if tensor.shape != stored:
                     raise ValueError(refuse(tensor.name, f"shape {stored}", tensor.shape))
                 if check_float(tensor) != dtype:
                     raise TypeError(refuse(tensor.name, f"dtype {dtype.name}, like {parts[0]}", tensor.dtype_name))
-                copies.append(Copy(tensor, source, (e, slice(i * rows, (i + 1) * rows))))
+                copies.append(Copy(tensor, begin, num_bytes, (e, slice(i * rows, (i + 1) * rows))))
         shape = (num_experts, len(parts) * rows, *own[1:])
         is_whole = len(parts) == 1 and (self.stack != "each" or num_experts == 1)
         return Plan(shape, dtype, tuple(copies), copies[0].tensor if is_whole else None, swap)
