@@ -49,7 +49,7 @@ def test_a_loaded_layer_is_the_module(backend, saved, name, dtype):
 
 @pytest.mark.parametrize("name", [
     "axk1", "aria", "dbrx", "deepseek_v3", "deepseek_v4", "exaone_moe", "granitemoeshared", "hy_v4", "kimi_linear",
-    "minimax_m2", "minimax_m3_vl", "mixtral", "nemotron_h", "phimoe", "qwen2_moe", "step3p7",
+    "longcat_flash", "minimax_m2", "minimax_m3_vl", "mixtral", "nemotron_h", "phimoe", "qwen2_moe", "step3p7",
 ])  # fmt: skip
 def test_the_names_of_the_modules_do_as_well(saved, tmp_path, name):
     """As transformers saves them where it does not go back to the names of the original checkpoints."""

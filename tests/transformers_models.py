@@ -121,7 +121,7 @@ MODELS = {
     "glm5_next": Model(
         DEEPSEEK | MLA | INDEXER | {
             "swiglu_limit": 0.8, "index_topk": 16, "qk_rope_head_dim": 0, "mlp_layer_types": ["dense", "sparse"],
-            "layer_types": ["indexed_attention"] * 2,
+            "layer_types": ["indexed_attention"] * 2, "hidden_act": "gelu",
         },
         cls="Glm5NextForConditionalGeneration", text_type="glm5_next_text",
     ),
@@ -198,7 +198,10 @@ MODELS = {
     ),
     "afmoe": Model(QWEN | {"num_dense_layers": 1, "num_shared_experts": 2, "route_scale": 1.7}),
     "aria": Model(
-        {"intermediate_size": 24, "moe_num_experts": 6, "moe_topk": 3, "moe_num_shared_experts": 2},
+        {
+            "intermediate_size": 24, "moe_num_experts": 6, "moe_topk": 3, "moe_num_shared_experts": 2,
+            "hidden_act": "gelu",
+        },
         model_type="aria_text",
     ),
     "cohere2_moe": Model({
@@ -246,7 +249,7 @@ MODELS = {
         "", model_type="gemma4_text",
     ),
     "hy_v3": Model(QWEN | {"num_shared_experts": 2, "router_scaling_factor": 1.7}),
-    "hy_v4": Model(DEEPSEEK | MLA | INDEXER | {"swiglu_limit": 0.8}),
+    "hy_v4": Model(DEEPSEEK | MLA | INDEXER | {"swiglu_limit": 0.8, "hidden_act": "gelu"}),
     "laguna": Model(QWEN_SHARED | {"moe_routed_scaling_factor": 1.7, "moe_router_logit_softcapping": 2.0}),
     "deepseek_v2_greedy": Model(DEEPSEEK | MLA | {"topk_method": "greedy"}, model_type="deepseek_v2"),
     "ernie4_5_moe_noshared": Model(

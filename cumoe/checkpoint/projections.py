@@ -75,6 +75,8 @@ class Projections:
         axis of its own, or along the rows (DBRX).
     order : {"rows", "columns"}
         A matrix is (outputs, inputs) or (inputs, outputs). The latter is viewed, not transposed.
+    further : {"refused", "left"}
+        What happens to further experts in one tensor of all: LongCat-Flash has room for its identity experts there.
     """
 
     up: str
@@ -83,6 +85,7 @@ class Projections:
     layout: Layout = "stacked"
     stack: Stack = "each"
     order: Literal["rows", "columns"] = "rows"
+    further: Literal["refused", "left"] = "refused"
 
     def plan(self, names: Names, num_experts: int, hidden_size: int) -> dict[str, Plan]:
         """Return the plans of w_gate_up and w_down, and of the biases that exist, by argument of `cumoe.Experts`.
@@ -144,7 +147,10 @@ class Projections:
             begin = 0 if self.stack == "each" else e * num_bytes
             for i, part in enumerate(parts):
                 tensor = names.tensor(part, e)
-                if tensor.shape != stored:
+                found = tensor.shape
+                if self.further == "left" and found[1:] == stored[1:]:
+                    found = (min(found[0], num_experts), *found[1:])
+                if found != stored:
                     raise ValueError(refuse(tensor.name, f"shape {stored}", tensor.shape))
                 if check_float(tensor) != dtype:
                     raise TypeError(refuse(tensor.name, f"dtype {dtype.name}, like {parts[0]}", tensor.dtype_name))
@@ -172,6 +178,7 @@ def _bias_of(weight: str) -> str:
 LINEAR = Projections("experts.{e}.up_proj.weight", "experts.{e}.down_proj.weight", "experts.{e}.gate_proj.weight")
 W123 = Projections("experts.{e}.w3.weight", "experts.{e}.w2.weight", "experts.{e}.w1.weight")
 PACKED = Projections("experts.gate_up_proj", "experts.down_proj", stack="one")
+PACKED_WITH_ROOM = replace(PACKED, further="left")
 PACKED_COLUMNS = replace(PACKED, order="columns")
 PACKED_LINEAR = Projections("input_linear.weight", "output_linear.weight", stack="one")
 FC = Projections("experts.fc1.weight", "experts.fc2.weight", stack="one", order="columns")
