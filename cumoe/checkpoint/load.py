@@ -109,9 +109,11 @@ def load(
         If a tensor has a dtype that no layer computes with, or not that of its neighbours.
     ValueError
         If the family is unknown, the layer is dense or not there, the checkpoint is quantised, a tensor is missing or
-        of another shape than config.json says, a file is truncated, or a word is unknown.
+        of another shape than config.json says, a file is truncated or becomes so meanwhile, or a word is unknown.
     RuntimeError
         If device="gpu" and there is none.
+    MemoryError
+        If the device has no room for the layer.
 
     Notes
     -----
