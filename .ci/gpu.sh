@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The GPU half of the tests and the demo, from the source tree, on this machine's GPU.
 # Usage: [PYTHON=python3.12] [SANITIZE=1] .ci/gpu.sh [arguments of pytest]
+# With the folder of `tests/checkpoint_oracles.py make .oracle`, layers of all families are compared with their modules.
 # SANITIZE=1 runs a part of them under each tool of compute-sanitizer as well, about three minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -20,6 +21,9 @@ EOF
 "$python" -m cumoe config
 "$python" -m pytest tests -m gpu -q "$@"
 "$python" -m cumoe demo
+if [ -d .oracle ]; then
+  "$python" tests/checkpoint_oracles.py compare .oracle --device gpu
+fi
 
 if [ -n "${SANITIZE:-}" ]; then
   for tool in memcheck racecheck synccheck initcheck; do
