@@ -21,6 +21,7 @@ from cumoe.gpu.sources import kernels_directory
 TESTS = Path(__file__).resolve().parent
 SUITES = {
     "test_moe.py": 38,
+    "test_fuzz.py": 1,
     "cuda_on_cpu/portable_tiles.py": 155,
     "cuda_on_cpu/portable_stages.py": 150,
     "test_grouped_gemm.py": 38,
