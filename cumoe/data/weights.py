@@ -19,6 +19,7 @@ from cumoe.door.checks import (
     refuse,
 )
 from cumoe.door.factors import admit_factors
+from cumoe.door.streams import on_producers_stream
 
 LAYOUTS = ("stacked", "interleaved", "ungated")
 Layout = Literal["stacked", "interleaved", "ungated"]
@@ -90,6 +91,7 @@ class Experts:
         If a rank or shape does not fit, a size is 0, or a word is unknown.
     """
 
+    @on_producers_stream
     def __init__(
         self,
         w_gate_up: Any,
@@ -138,6 +140,7 @@ class SharedExperts:
         As in `Experts`; also if `gate` does not fit.
     """
 
+    @on_producers_stream
     def __init__(
         self,
         w_gate_up: Any,

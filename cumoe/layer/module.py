@@ -12,6 +12,7 @@ from cumoe.door.arrays import Kind, admit_like, give_back, on_device
 from cumoe.door.checks import FLOAT_DTYPES, check_count, check_dtype, check_shape, refuse
 from cumoe.door.factors import admit_factors
 from cumoe.door.output import output
+from cumoe.door.streams import on_producers_stream
 from cumoe.gpu.experts import router_logits as gpu_router_logits
 from cumoe.gpu.route import route as gpu_route
 from cumoe.gpu.workspace import Workspace, total_bytes
@@ -78,6 +79,7 @@ class MoE:
     graph as long as the layer does.
     """
 
+    @on_producers_stream
     def __init__(
         self,
         router: Router,
@@ -129,6 +131,7 @@ class MoE:
         self._workspace = Workspace()
         self._reserved_bytes = self.workspace_bytes(self.max_tokens) if self.max_tokens else 0
 
+    @on_producers_stream
     def __call__(self, x: Any, router_logits: Any = None, *, input_ids: Any = None, out: Any = None) -> Any:
         """Route the tokens and compute the layer.
 
@@ -164,7 +167,8 @@ class MoE:
             raise ValueError(refuse("router_logits", "an array, since the layer has no router_weight", None))
         with on_device(kind):
             ids = admit_input_ids(input_ids, self.router, kind, "x", num_tokens)
-            y, result = output(out, tokens.shape, tokens.dtype, kind, "x")
+            over = tokens if self.frame.has_end and kind.on_gpu else None  # else all is read before y is written
+            y, result = output(out, tokens.shape, tokens.dtype, kind, "x", over=over)
             (self._forward_gpu if kind.on_gpu else self._forward_cpu)(tokens, logits, ids, y)
         return result if out is not None else give_back(y, kind)
 

@@ -12,6 +12,7 @@ from cumoe.data.weights import Experts, SharedExperts, check_shared
 from cumoe.door.arrays import Kind, admit, check_kind, cupy, give_back, on_device
 from cumoe.door.checks import check_count, check_dtype, check_rank, check_shape, check_word, refuse
 from cumoe.door.output import output
+from cumoe.door.streams import on_producers_stream
 from cumoe.gpu import experts as gpu_experts
 from cumoe.gpu.combine import combine as gpu_combine
 from cumoe.gpu.group import group as gpu_group
@@ -21,6 +22,7 @@ WEIGHT_ON = ("input", "activation", "output")
 WeightOn = Literal["input", "activation", "output"]
 
 
+@on_producers_stream
 def moe(
     x: Any,
     routing: Any,
@@ -47,7 +49,8 @@ def moe(
     Parameters
     ----------
     x : (num_tokens, hidden_size) array, float32, float16 or bfloat16
-        Any strides. NumPy: computed on the CPU. CuPy: on the current stream. Other DLPack exporters are viewed.
+        Any strides. NumPy: computed on the CPU. CuPy: on the current stream. Other DLPack exporters are viewed: those
+        of torch on torch's current stream, others on CuPy's.
     routing : Routing or pair (topk_ids, topk_weights)
         From `route`, or the caller's own. Ids outside ``[0, num_experts)`` are slots without an expert and contribute
         nothing; an expert named twice counts twice.
