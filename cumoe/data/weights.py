@@ -106,6 +106,7 @@ class Experts:
         self.weights, self.kind = _check_weights(arrays, ("num_experts",), activation, layout)
         self.num_experts, self.hidden_size, self.intermediate_size = self.weights.w_down.shape
         self.dtype = self.weights.w_down.dtype
+        self.captured: list[Any] = []  # what graphs go on using: see `moe`
 
     def __repr__(self) -> str:
         """Return the sizes."""

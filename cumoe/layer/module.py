@@ -75,8 +75,8 @@ class MoE:
     Notes
     -----
     On a GPU all memory but the output is one block for each stream that calls the layer, reused by every call and grown
-    when a larger batch comes. Calls from several threads are safe. In a graph capture the layer's memory outlives the
-    graph as long as the layer does.
+    when a larger batch comes. Calls from several threads are safe. What a graph capture has seen of a call, its inputs
+    and output as well as the layer's memory, lives as long as the layer does: keep the layer as long as its graphs.
     """
 
     @on_producers_stream
@@ -182,6 +182,7 @@ class MoE:
     def _forward_gpu(self, tokens: Any, logits: Any, input_ids: Any, y: Any) -> None:
         with self._workspace.lock:
             buffers = self._workspace.arrays(self._buffers(tokens.shape[0]), self._reserved_bytes)
+            self._workspace.hold_if_captured(tokens, logits, input_ids, y)
             router_x, expert_x = normalised(tokens, self.frame, buffers)
             if logits is None:
                 logits = buffers["router_logits"]

@@ -16,7 +16,7 @@ from cumoe.door.streams import on_producers_stream
 from cumoe.gpu import experts as gpu_experts
 from cumoe.gpu.combine import combine as gpu_combine
 from cumoe.gpu.group import group as gpu_group
-from cumoe.gpu.workspace import layer_buffers
+from cumoe.gpu.workspace import is_captured, layer_buffers
 
 WEIGHT_ON = ("input", "activation", "output")
 WeightOn = Literal["input", "activation", "output"]
@@ -89,10 +89,10 @@ def moe(
 
     Memory beyond inputs and output, on a GPU: num_tokens * (top_k * I + sum_s I_s) numbers of hidden rows,
     num_tokens * (top_k + num_shared) * hidden_size numbers of result rows, and 2 * num_tokens * top_k int32; no copy of
-    a token. They come from CuPy's pool; inside a graph capture use `MoE`, which keeps them. Four launches up to 4096
-    slots, five above, one more for each gated shared expert and where arrays differ in alignment; no host
-    synchronisation. On sm_90 and later a kernel may begin before the one ahead of it on the stream has ended; it waits
-    for its results by itself.
+    a token. They come from CuPy's pool at each call; `MoE` keeps them. What a graph capture has seen, inputs and output
+    too, lives as long as `experts`. Four launches up to 4096 slots, five above, one more for each gated shared expert
+    and where arrays differ in alignment; no host synchronisation. On sm_90 and later a kernel may begin before the one
+    ahead of it on the stream has ended; it waits for its results by itself.
     """
     experts, members = check_weights(experts, shared, weight_on)
     tokens, kind = admit_tokens(x, experts)
@@ -104,6 +104,8 @@ def moe(
             num_tokens, top_k = routing.topk_ids.shape
             wanted = layer_buffers(num_tokens, top_k, experts.weights, members)
             buffers = {name: cupy.empty(*spec) for name, spec in wanted.items()}
+            if is_captured():  # the graph goes on reading and writing where these lie
+                experts.captured.append((tokens, routing, members, y, buffers))
         forward(tokens, routing, experts, members, weight_on, y, buffers)
     return result if out is not None else give_back(y, kind)
 
