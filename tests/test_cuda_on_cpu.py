@@ -21,6 +21,7 @@ from cumoe.gpu.sources import kernels_directory
 TESTS = Path(__file__).resolve().parent
 SUITES = {
     "test_moe.py": 38,
+    "test_known_bugs.py": 150,
     "test_limits.py": 90,
     "test_fuzz.py": 1,
     "test_faults.py": 9,
@@ -43,7 +44,7 @@ NOT_HERE = " and ".join(
         *("captured", "graph_replays", "threads_share", "allocate_nothing", "graph_uses", "pool_with", "is_spoiled"),
         *("two_gpus", "second_context", "forked_after_cuda"),
         # Here every run is the same; and more of the same is long.
-        *("every_time", "many_tokens", "(normal_numbers and 400)", "test_sizes", "two_bytes_count"),
+        *("every_time", "many_tokens", "(normal_numbers and 400)", "test_sizes", "two_bytes_count", "not_square"),
         # Arrays that only CuPy makes.
         *("misaligned_cupy", "one_matrix"),
     )
