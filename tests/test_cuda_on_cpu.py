@@ -29,6 +29,7 @@ SUITES = {
     "cuda_on_cpu/portable_stages.py": 150,
     "test_grouped_gemm.py": 38,
     "test_route.py": 120,
+    "test_layer_router.py": 80,
     "test_layer.py": 30,
     "test_group.py": 60,
     "test_frame.py": 60,

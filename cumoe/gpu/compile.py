@@ -25,6 +25,8 @@ WGMMA_NVRTC = (12, 9)
 OVERLAP_COMPUTE_CAPABILITY = 90
 
 KERNEL_UNIT = {
+    "router_gemm": "router_gemm",
+    "route_and_group": "route_and_group",
     "route": "route",
     "group": "group",
     "grouped_gemm_mma_bfloat16": "grouped_gemm_bfloat16",

@@ -54,7 +54,7 @@ class ExpertStack:
         """
         order = weight_order(self.w, self.layout)
         stores_float32 = self.c.dtype == np.float32
-        if not (order and self.a.dtype == self.w.dtype and _rows_are_aligned(self.a)):
+        if not (order and self.a.dtype == self.w.dtype and rows_are_aligned(self.a)):
             return "simt", f"{self.a.dtype.name}_{self.w.dtype.name}", str(stores_float32)
         if not stores_float32 and self._suits_wgmma(order):
             return "wgmma", self.w.dtype.name, order
@@ -67,7 +67,7 @@ class ExpertStack:
         return (
             has_wgmma(self.w.device.id)
             and features % 8 == 0
-            and _rows_are_aligned(self.c)
+            and rows_are_aligned(self.c)
             and _tma_can_walk(self.w)
             and _tma_can_walk(self.a)
             and self.a.shape[0] * a_row < 2**35  # offsets of rows are uint32, in units of 16 bytes
@@ -136,6 +136,7 @@ def _tma_can_walk(array: Any) -> bool:
     return all(stride >= (steps[0][1] if i else 1) for i, (stride, _) in enumerate(steps))
 
 
-def _rows_are_aligned(a: Any) -> bool:
+def rows_are_aligned(a: Any) -> bool:
+    """Whether the rows of a matrix of 16-bit numbers can be copied 16 bytes at a time."""
     row, col = strides(a)
     return a.data.ptr % 16 == 0 and col == 1 and row % 8 == 0

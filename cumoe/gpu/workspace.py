@@ -13,16 +13,10 @@ from cumoe.gpu.experts import Buffers
 ALIGNMENT = 256  # as cudaMalloc gives it: whole cache lines, and any vector load is aligned
 
 
-def layer_buffers(
-    num_tokens: int, top_k: int, weights: ExpertWeights, shared: tuple[SharedExperts, ...], *, routed_here: bool = False
-) -> Buffers:
-    """Return name, shape and dtype of all that a forward writes besides its output; `routed_here`: the router's too."""
+def layer_buffers(num_tokens: int, top_k: int, weights: ExpertWeights, shared: tuple[SharedExperts, ...]) -> Buffers:
+    """Return name, shape and dtype of all that a forward writes besides its output."""
     wanted = group.buffers(num_tokens, top_k, weights.w_down.shape[0])
     wanted |= experts.buffers(num_tokens, top_k, weights, shared)
-    if routed_here:
-        wanted["router_logits"] = ((num_tokens, weights.w_down.shape[0]), np.dtype(np.float32))
-        wanted["topk_ids"] = ((num_tokens, top_k), np.dtype(np.int32))
-        wanted["topk_weights"] = ((num_tokens, top_k), np.dtype(np.float32))
     return wanted
 
 

@@ -7,14 +7,13 @@ import numpy as np
 from cumoe.cpu.experts import project as cpu_project
 from cumoe.cpu.route import route as cpu_route
 from cumoe.data.frame import Frame, Latent, RMSNorm, check_frame
-from cumoe.data.routing import Router, Routing, admit_input_ids, check_logits, check_router, check_slots
+from cumoe.data.routing import Router, admit_input_ids, check_logits, check_router, check_slots
 from cumoe.door.arrays import Kind, admit_like, give_back, on_device
 from cumoe.door.checks import FLOAT_DTYPES, check_count, check_dtype, check_shape, refuse
 from cumoe.door.factors import admit_factors
 from cumoe.door.output import output
 from cumoe.door.streams import on_producers_stream
-from cumoe.gpu.experts import router_logits as gpu_router_logits
-from cumoe.gpu.route import route as gpu_route
+from cumoe.gpu.layer_router import LayerRouter
 from cumoe.gpu.workspace import Workspace, total_bytes
 from cumoe.layer.frame import frame_buffers, framed_forward, normalised
 from cumoe.layer.moe import WeightOn, admit_tokens, check_weights
@@ -128,6 +127,9 @@ class MoE:
         self.router_bias = admit_factors("router_bias", router_bias, axes, kind, "experts")
         if self.router_bias is not None and self.router_weight is None:
             raise ValueError(refuse("router_weight", "an array, since there is a router_bias", None))
+        router_dtype = np.dtype(np.float32) if input_norm is not None else self.experts.dtype
+        with on_device(kind):
+            self._gpu_router = LayerRouter(router, self.router_weight, self.router_bias, router_dtype, self.num_choices)
         self._workspace = Workspace()
         self._reserved_bytes = self.workspace_bytes(self.max_tokens) if self.max_tokens else 0
 
@@ -184,15 +186,13 @@ class MoE:
             buffers = self._workspace.arrays(self._buffers(tokens.shape[0]), self._reserved_bytes)
             self._workspace.hold_if_captured(tokens, logits, input_ids, y)
             router_x, expert_x = normalised(tokens, self.frame, buffers)
-            if logits is None:
-                logits = buffers["router_logits"]
-                gpu_router_logits(router_x, self.router_weight, self.router_bias, logits)
-            routing = Routing(buffers["topk_ids"], buffers["topk_weights"])
-            gpu_route(logits, self.router, routing, input_ids)
-            framed_forward(expert_x, routing, self.experts, self.shared, self.weight_on, self.frame, y, buffers)
+            routing, groups = self._gpu_router(router_x, logits, input_ids, self.experts.num_experts, buffers)
+            framed_forward(expert_x, routing, self.experts, self.shared, self.weight_on, self.frame, y, buffers, groups)
 
     def _buffers(self, num_tokens: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        return frame_buffers(num_tokens, self.router.top_k, self.hidden_size, self.experts, self.shared, self.frame)
+        top_k, frame = self.router.top_k, self.frame
+        wanted = frame_buffers(num_tokens, top_k, self.hidden_size, self.experts, self.shared, frame)
+        return wanted | self._gpu_router.buffers(num_tokens, self.experts.num_experts)
 
     def workspace_bytes(self, num_tokens: int) -> int:
         """Return the bytes of GPU memory that a call on `num_tokens` tokens needs besides its output; 0 on a CPU."""

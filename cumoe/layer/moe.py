@@ -7,6 +7,7 @@ import numpy as np
 from cumoe.cpu import experts as cpu_experts
 from cumoe.cpu.combine import combine as cpu_combine
 from cumoe.cpu.group import group as cpu_group
+from cumoe.data.groups import Groups
 from cumoe.data.routing import GPU_MAX_EXPERTS, Routing, admit_routing
 from cumoe.data.weights import Experts, SharedExperts, check_shared
 from cumoe.door.arrays import Kind, admit, check_kind, cupy, give_back, on_device
@@ -140,14 +141,18 @@ def forward(
     weight_on: str,
     y: Any,
     buffers: dict[str, Any],
+    groups: Groups | None = None,
 ) -> None:
-    """Run the checked stages after routing, into `y`; on a GPU `buffers` holds everything else that is written."""
+    """Run the checked stages after routing, into `y`; on a GPU `buffers` holds everything else that is written.
+
+    `groups` are those of the routing, where a kernel has sorted the slots already.
+    """
     weights = experts.weights
     if isinstance(x, np.ndarray):
         groups = cpu_group(routing.topk_ids, experts.num_experts)
         rows = cpu_experts.routed_rows(x, routing, groups, weights, weight_on)
         cpu_combine(rows, groups.inverse_permutation, None, cpu_experts.shared_rows(x, shared), y)
         return
-    groups = gpu_group(routing.topk_ids, experts.num_experts, buffers)
+    groups = groups or gpu_group(routing.topk_ids, experts.num_experts, buffers)
     rows, shared_rows = gpu_experts.forward(x, routing, groups, weights, shared, weight_on, buffers)
     gpu_combine(rows, groups.inverse_permutation, None, shared_rows, y)
