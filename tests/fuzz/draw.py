@@ -87,6 +87,8 @@ class Case:
     router: cumoe.Router | None = None  # or the layer routes
     router_weight: View | None = None
     router_bias: np.ndarray | None = None
+    output_bias: np.ndarray | None = None
+    num_identity_experts: int = 0
     weight_on: str = "output"
     num_tokens: int = 0
     num_experts: int = 1
@@ -136,13 +138,17 @@ def draw(seed: int, number: int, largest: bool = True) -> Case:
     x = _sparse(rng, tall).astype(dtype)
     parts: dict[str, Any] = {}
     if o["routed_here"]:
-        parts["router"] = _draw_router(rng, o)
-        weight = rng.integers(-1, 2, (o["num_experts"], o["hidden_size"]))
+        identity = o["num_identity_experts"] = pick((0, 0, 2, 8)) if o["weight_on"] == "output" else 0
+        num_choices = o["num_experts"] + identity
+        parts |= {"num_identity_experts": identity, "router": _draw_router(rng, o, num_choices)}
+        weight = rng.integers(-1, 2, (num_choices, o["hidden_size"]))
         own = pick(tuple(DTYPES))
         parts["router_weight"] = View.of(weight.astype(DTYPES[own]), pick(FORMS))
         o["router_dtype"] = own
         if rng.random() < 0.5:
-            parts["router_bias"] = rng.integers(-8, 9, o["num_experts"]) / 4
+            parts["router_bias"] = rng.integers(-8, 9, num_choices) / 4
+        if rng.random() < 0.2:
+            parts["output_bias"] = rng.integers(-2, 3, o["hidden_size"]) / 2
     else:
         o["distribution"], o["id_dtype"] = pick(DISTRIBUTIONS), pick(ID_DTYPES)
         ids = _draw_ids(rng, o).astype(o["id_dtype"])
@@ -211,13 +217,13 @@ def _draw_ids(rng: np.random.Generator, o: dict[str, Any]) -> np.ndarray:
     return ids
 
 
-def _draw_router(rng: np.random.Generator, o: dict[str, Any]) -> cumoe.Router:
+def _draw_router(rng: np.random.Generator, o: dict[str, Any], num_choices: int) -> cumoe.Router:
     """Return a router that ranks logits, which are exact here: its choice is known, ties included."""
     groups: dict[str, Any] = {}
-    divisors = [g for g in (2, 4, 8) if o["num_experts"] % g == 0]
+    divisors = [g for g in (2, 4, 8) if num_choices % g == 0]
     if divisors and rng.random() < 0.3:
         num_groups = divisors[rng.integers(len(divisors))]
-        fewest = -(-o["top_k"] * num_groups // o["num_experts"])
+        fewest = -(-o["top_k"] * num_groups // num_choices)
         groups = {"num_groups": num_groups, "top_groups": int(rng.integers(fewest, num_groups + 1))}
         groups["group_score"] = ("sum_top2", "max")[rng.integers(2)]
     return cumoe.Router(

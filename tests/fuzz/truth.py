@@ -50,9 +50,16 @@ def truth(case: Case) -> Truth:
     """Compute a case slot by slot in float64."""
     routing = case.routing()
     ids = routing.topk_ids.astype(np.int64)
-    ids = np.where((ids >= 0) & (ids < case.num_experts), ids, -1)
     x = case.x.array.astype(np.float64)
     tally = _Tally(x.shape, case.dtype)
+    if case.num_identity_experts:
+        tokens, slots = np.nonzero(ids >= case.num_experts)
+        rows = routing.topk_weights[tokens, slots, None] * x[tokens]
+        tally.add(tokens, x[tokens], rows, np.abs(rows), np.abs(rows) + 1)
+    if case.output_bias is not None:
+        rows = np.broadcast_to(case.output_bias, x.shape)
+        tally.add(np.arange(len(x)), x, rows, np.abs(rows), np.abs(rows))
+    ids = np.where((ids >= 0) & (ids < case.num_experts), ids, -1)
     experts, top_k = _weights(case.experts), ids.shape[1]
     for e in np.unique(ids[ids >= 0]):
         slots = np.flatnonzero(ids == e)
