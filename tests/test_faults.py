@@ -151,7 +151,7 @@ def test_a_pool_with_a_limit():
     arrays = random_layer(np.random.default_rng(3), "bfloat16", num_tokens=20)
     expected = arrays.run(GPU).tobytes()
     pool = cupy.get_default_memory_pool()
-    x = cupy.ones((2_000_000, 72), DTYPES["bfloat16"])
+    x = cupy.zeros((2_000_000, 72), DTYPES["bfloat16"])
     _, _, experts, _ = arrays.build(GPU)
     routing = cupy.zeros((2_000_000, 2), np.int32), cupy.ones((2_000_000, 2), np.float32)
     pool.free_all_blocks()
@@ -337,7 +337,7 @@ def test_a_forked_process_computes(parent):
 def test_a_process_that_forked_after_cuda_began():
     """The import goes through and NumPy arrays are served; the log says why the GPU is not."""
     begun = "import cupy; cupy.zeros(3)"
-    done = run_python(FORKED.replace("BEFORE", begun).replace("PARENT", ""), CUPY_CACHE_IN_MEMORY="")
+    done = run_python(FORKED.replace("BEFORE", begun).replace("PARENT", ""))
     assert done.returncode == 0, done.stderr
     assert "start processes with 'spawn' or 'forkserver'" in done.stdout + done.stderr
 

@@ -90,16 +90,17 @@ def test_the_stream_of_an_interface_is_waited_for_by_the_device():
     expected = layer.run(GPU)
     x, routing, experts, shared = layer.build(GPU)
     late = cupy.full_like(x, np.nan)
-    cumoe.moe(x, routing, experts, shared)  # memory for the next call is in the pool
+    producer, consumer = cupy.cuda.Stream(non_blocking=True), cupy.cuda.Stream(non_blocking=True)
     cupy.cuda.Device().synchronize()
-    producer = cupy.cuda.Stream(non_blocking=True)
+    with consumer:
+        cumoe.moe(x, routing, experts, shared)  # memory for the next call is in the pool of the stream
+    consumer.synchronize()
     spin = cupy.RawKernel(
         'extern "C" __global__ void spin(long long n) { for (long long b = clock64(); clock64() - b < n;); }', "spin"
     )
     with producer:
-        spin((1,), (1,), (np.int64(200_000_000),))  # about 0.1 s
+        spin((1,), (1,), (np.int64(1_000_000_000),))  # about half a second
         late[...] = x
-    consumer = cupy.cuda.Stream(non_blocking=True)
     with consumer:
         y = cumoe.moe(Interface(late, producer.ptr), routing, experts, shared)
         assert not producer.done
@@ -213,14 +214,15 @@ def test_a_call_does_not_wait_for_torch():
     torch = pytest.importorskip("torch")
     arrays = random_layer(np.random.default_rng(9), "float32")
     x, routing, experts, shared = arrays.build(SimpleNamespace(asarray=lambda a: torch.from_numpy(a.copy()).cuda()))
-    half = cumoe.Routing(routing.topk_ids.long(), routing.topk_weights.double())  # converted on the same stream
+    wide = routing.topk_ids.long(), routing.topk_weights.double()  # to be converted on the same stream
     expected = cumoe.moe(x, routing, experts, shared)
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)
-        late = x + 0
-        ids, weights = half.topk_ids + 0, half.topk_weights + 0
+        cumoe.moe(x + 0, tuple(part + 0 for part in wide), experts, shared)  # memory and CuPy's own kernels are there
+        stream.synchronize()
+        torch.cuda._sleep(1_000_000_000)  # about half a second
+        late, (ids, weights) = x + 0, (part + 0 for part in wide)
         y = cumoe.moe(late, (ids, weights), experts, shared)
         assert not stream.query()
     stream.synchronize()

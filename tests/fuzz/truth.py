@@ -10,7 +10,7 @@ from cumoe.data.activation import as_activation
 from cumoe.data.weights import ExpertWeights
 from fuzz.draw import EXACT, Case, View
 
-FLOAT32_ERROR = 1e-5
+FLOAT32_ERROR = 2e-5
 """Of sums, factors and activations in float32, relative to the sum of all magnitudes."""
 
 ROUNDINGS = 3
