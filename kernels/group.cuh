@@ -44,9 +44,9 @@ struct Part { int block, num_blocks; };  // of the slots: this block's, of how m
 struct Run { int begin, end; };          // slots of this warp
 
 template <int WARPS> __device__ __forceinline__ Run run_of_warp(const GroupLaunch& p, Part part) {
-  int64 warp_slots = p.slots_per_block / WARPS;
+  int64 warp_slots = ceil_div(p.slots_per_block, WARPS), last = ((int64)part.block + 1) * p.slots_per_block;
   int64 begin = (int64)part.block * p.slots_per_block + threadIdx.x / WARP * warp_slots, end = begin + warp_slots;
-  int64 last = p.num_slots;
+  if (last > p.num_slots) last = p.num_slots;
   return {(int)(begin < last ? begin : last), (int)(end < last ? end : last)};
 }
 

@@ -4,12 +4,15 @@
 //            at 1024 experts and top_k = 8 between 4 and 8 KiB
 //
 // The logits are read once: they may come as partial sums (see router_gemm.cu), which are added in order, the bias last.
-// An expert is ranked by a 32-bit key that orders as its score does: NaN lowest, then -inf upward. A lane keeps the best of
-// its own experts (lane, lane + 32, ...) in registers; the best lane's is taken, among equals the lowest id, and that lane
-// alone looks for its next one. So ids are distinct and in range for any input. Where no bias and no groups interfere the
-// logit itself is ranked, since every scoring function is monotone: no tie that rounding of the scores would bring. The
+// An expert is ranked by a 32-bit key that orders as its score does: NaN lowest, then -inf upward. A lane holds the keys of
+// its own experts (lane, lane + 32, ...) in registers; the best lane's best is taken, among equals the lowest id, and that
+// lane alone looks for its next one. So ids are distinct and in range for any input. Where no bias and no groups interfere
+// the logit itself is ranked, since every scoring function is monotone: no tie that rounding of the scores would bring. The
 // bias never reaches a weight: weights are computed from the logits. With an expert_table the ids of a token are looked up
 // by its token id; those that name no expert get id -1, weight 0.
+//
+// With few tokens this code runs once, and a line of eight instructions takes longer to come than to run: loops stay loops
+// unless they carry registers.
 //
 // barrier: __syncwarp only; a warp shares nothing with the others.
 #pragma once
@@ -21,6 +24,7 @@ enum Scoring { SOFTMAX = 0, SIGMOID = 1, SQRT_SOFTPLUS = 2, SPARSE_MIXER = 3 };
 enum SelectBy { SCORES = 0, LOGITS = 1 };
 enum GroupScore { GROUP_MAX = 0, GROUP_SUM_TOP2 = 1 };
 enum EpsilonMode { EPSILON_ADD = 0, EPSILON_CLAMP = 1 };
+enum LogitsType { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 struct RouterLaunch {
   const void* logits;           // (num_parts, num_tokens, num_experts), to be added part by part
@@ -42,8 +46,9 @@ struct RouterLaunch {
   float mixer_eps;              // of SPARSE_MIXER
   int vocab_size;
   int words_per_warp;           // of shared memory
+  int logits_type, padding;     // with several parts: FLOAT32, side by side
 };
-static_assert(sizeof(RouterLaunch) == 160, "cumoe/gpu/route.py packs 160 bytes");
+static_assert(sizeof(RouterLaunch) == 168, "cumoe/gpu/route.py packs 168 bytes");
 
 constexpr uint32 TAKEN = 0, NAN_KEY = 1;
 
@@ -58,34 +63,8 @@ __device__ __forceinline__ float score_of(uint32 key) {
   return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
 
-// The `count` largest of n <= 1024 keys, one after the other, among equals the lowest index first: visit(i, index) is called
-// by all lanes. key_at(index) is asked for again only by the lane whose key was taken.
-template <typename KeyAt, typename Visit>
-__device__ __forceinline__ void take_best(int n, int count, int lane, KeyAt key_at, Visit visit) {
-  uint32 taken = 0, best_key, best_index;  // bit i: index lane + 32 i
-  auto look = [&] {
-    best_key = TAKEN, best_index = 0x7fffffffu;
-#pragma unroll 4
-    for (int i = 0, index = lane; index < n; ++i, index += WARP) {
-      uint32 key = taken >> i & 1 ? TAKEN : key_at(index);
-      if (key > best_key) best_key = key, best_index = (uint32)index;
-    }
-  };
-  look();
-#pragma unroll 1
-  for (int i = 0; i < count; ++i) {
-    uint32 top = __reduce_max_sync(FULL_MASK, best_key);
-    uint32 index = __reduce_min_sync(FULL_MASK, best_key == top ? best_index : 0x7fffffffu);
-    visit(i, (int)index);
-    if ((int)index % WARP == lane) {
-      taken |= 1u << index / WARP;
-      look();
-    }
-    __syncwarp();
-  }
-}
-
-struct Token {
+// KEYS: experts of a lane, of which there are at most 32 KEYS in all.
+template <int KEYS> struct Token {
   const RouterLaunch& p;
   float* logits;  // (num_experts)
   uint32* words;  // (max(top_k, num_groups)) group keys first, chosen ids later
@@ -93,29 +72,29 @@ struct Token {
   int lane;
   float largest, denominator;  // of the softmax over all experts
 
-  // Sums the parts of a row, several experts of a lane and four parts at a time on their way.
+  __device__ __forceinline__ void keep(int expert, float value) {
+    if (p.router_bias) value += p.router_bias[expert];
+    logits[expert] = p.softcap > 0.0f ? p.softcap * tanhf(value / p.softcap) : value;
+  }
+
   template <typename T> __device__ __forceinline__ void load(const T* row) {
-    constexpr int AHEAD = 8;
-    for (int first = lane; first < p.num_experts; first += AHEAD * WARP) {
-      float sum[AHEAD] = {};
 #pragma unroll 4
-      for (int part = 0; part < p.num_parts; ++part) {
+    for (int e = lane; e < p.num_experts; e += WARP) keep(e, to_float(row[e * p.col_stride]));
+    __syncwarp();
+  }
+
+  // Adds float32 parts that lie side by side; several of them on their way.
+  __device__ __forceinline__ void load_parts(const float* row) {
+    constexpr int AHEAD = KEYS >= 16 ? 1 : 32 / KEYS;
+    float sum[KEYS] = {};
+#pragma unroll AHEAD
+    for (int part = 0; part < p.num_parts; ++part, row += p.part_stride)
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
-          int e = min(first + i * WARP, p.num_experts - 1);  // the last one again: no branch around a load
-          float value = to_float(row[part * p.part_stride + e * p.col_stride]);
-          sum[i] = part == 0 ? value : sum[i] + value;  // a single part stays as it is: a sum would flush subnormals
-        }
-      }
+      for (int i = 0; i < KEYS; ++i)
+        if (lane + i * WARP < p.num_experts) sum[i] += row[lane + i * WARP];
 #pragma unroll
-      for (int i = 0; i < AHEAD; ++i) {
-        int e = first + i * WARP;
-        if (e < p.num_experts) {
-          float value = p.router_bias ? sum[i] + p.router_bias[e] : sum[i];
-          logits[e] = p.softcap > 0.0f ? p.softcap * tanhf(value / p.softcap) : value;
-        }
-      }
-    }
+    for (int i = 0; i < KEYS; ++i)
+      if (lane + i * WARP < p.num_experts) keep(lane + i * WARP, sum[i]);
     __syncwarp();
   }
 
@@ -127,7 +106,7 @@ struct Token {
   // The score of a logit, or of a logit moved by `shift` when all chosen ones lie far below zero (see weigh).
   __device__ __forceinline__ float score(float logit) const {
     if (p.scoring == SOFTMAX) return expf(logit - largest) / denominator;
-    if (p.scoring == SIGMOID) return 1.0f / (1.0f + expf(-logit));
+    if (p.scoring == SIGMOID) return __fdividef(1.0f, 1.0f + expf(-logit));
     // Beyond 20 softplus is l or e^l up to e^-20 = 2e-9; below, the root is taken of e^l itself, which may underflow.
     if (logit < -20.0f) return expf(0.5f * logit);
     return sqrtf(logit > 20.0f ? logit : log1pf(expf(logit)));
@@ -153,6 +132,7 @@ struct Token {
   __device__ __forceinline__ void rank() {
     if (p.scoring == SOFTMAX && p.select_by == SCORES) softmax_over(p.num_experts, [&](int e) { return logit(e); });
     if (p.expert_table || !ranks_apart()) return;
+#pragma unroll 1
     for (int e = lane; e < p.num_experts; e += WARP) {
       float value = p.select_by == LOGITS ? logit(e) : score(logit(e));
       keys[e] = key_of(p.selection_bias ? value + p.selection_bias[e] : value);
@@ -166,17 +146,23 @@ struct Token {
     int size = p.num_experts / p.num_groups, share = 1;  // lanes that share a group
     while (2 * share * p.num_groups <= WARP) share *= 2;
     int steps = ceil_div(size, share);
+#pragma unroll 1
     for (int base = 0; base < p.num_groups; base += WARP / share) {
       int group = base + lane / share;
       uint32 first = TAKEN, second = TAKEN;
+      int step = group % steps;  // groups begin at different banks
+#pragma unroll 1
       for (int i = 0; i < steps && group < p.num_groups; ++i) {
-        int member = (i + group) % steps * share + lane % share;  // groups begin at different banks
+        int member = step * share + lane % share;
         uint32 key = member < size ? keys[group * size + member] : TAKEN;
-        if (key > first) { second = first; first = key; }
-        else if (key > second) second = key;
+        second = max(second, min(first, key));
+        first = max(first, key);
+        if (++step == steps) step = 0;
       }
-      for (int step = 1; step < share; step *= 2) {
-        uint32 other_first = __shfl_xor_sync(FULL_MASK, first, step), other_second = __shfl_xor_sync(FULL_MASK, second, step);
+#pragma unroll 1
+      for (int lanes = 1; lanes < share; lanes *= 2) {
+        uint32 other_first = __shfl_xor_sync(FULL_MASK, first, lanes);
+        uint32 other_second = __shfl_xor_sync(FULL_MASK, second, lanes);
         second = max(min(first, other_first), max(second, other_second));
         first = max(first, other_first);
       }
@@ -185,12 +171,15 @@ struct Token {
         words[group] = key_of(pair ? score_of(first) + score_of(second) : score_of(first));
     }
     __syncwarp();
-    auto key_at = [&](int group) { return words[group]; };
-    take_best(p.num_groups, p.top_groups, lane, key_at, [&](int, int group) {
-      if (group % WARP == lane) words[group] = TAKEN;
-    });
-    for (int e = lane; e < p.num_experts; e += WARP)
-      if (words[e / size] != TAKEN) keys[e] = key_of(p.dropped_value);
+#pragma unroll 1
+    for (int group = lane / share; group < p.num_groups; group += WARP / share) {
+      uint32 own = words[group];
+      int better = 0;
+#pragma unroll 1
+      for (int g = 0; g < p.num_groups; ++g) better += words[g] > own || (words[g] == own && g < group);
+      if (better < p.top_groups) continue;
+      for (int member = lane % share; member < size; member += share) keys[group * size + member] = key_of(p.dropped_value);
+    }
     __syncwarp();
   }
 
@@ -202,9 +191,33 @@ struct Token {
   }
 
   __device__ __forceinline__ void choose() {
-    auto visit = [&](int j, int expert) { if (lane == 0) words[j] = expert; };
-    if (ranks_apart()) take_best(p.num_experts, p.top_k, lane, [&](int e) { return keys[e]; }, visit);
-    else take_best(p.num_experts, p.top_k, lane, [&](int e) { return key_of(logits[e]); }, visit);
+    uint32 own[KEYS], best;
+    int at;
+#pragma unroll
+    for (int i = 0; i < KEYS; ++i) {
+      int e = lane + i * WARP;
+      own[i] = e >= p.num_experts ? TAKEN : ranks_apart() ? keys[e] : key_of(logits[e]);
+    }
+    auto look = [&] {
+      best = TAKEN, at = 0;
+#pragma unroll
+      for (int i = 0; i < KEYS; ++i)
+        if (own[i] > best) best = own[i], at = i;
+    };
+    look();
+#pragma unroll 1
+    for (int j = 0; j < p.top_k; ++j) {
+      uint32 top = __reduce_max_sync(FULL_MASK, best);
+      uint32 expert = __reduce_min_sync(FULL_MASK, best == top ? (uint32)(lane + at * WARP) : 0xffffffffu);
+      if (expert % WARP == (uint32)lane) {
+        words[j] = expert;
+#pragma unroll
+        for (int i = 0; i < KEYS; ++i)
+          if (i == at) own[i] = TAKEN;
+        look();
+      }
+      __syncwarp();
+    }
   }
 
   __device__ __forceinline__ float raw_weight(int j, float shift) const {
@@ -270,11 +283,15 @@ struct Token {
 };
 
 // The token's ids and weights, written by the calling warp; `words` is its part of shared memory.
-template <typename T> __device__ __forceinline__ void route_token(const RouterLaunch& launch, int64 token, uint32* words) {
+template <int KEYS> __device__ __forceinline__ void route_token(const RouterLaunch& launch, int64 token, uint32* words) {
   int picked = max(launch.top_k, launch.num_groups);
   float* logits = reinterpret_cast<float*>(words) + picked;
-  Token row{launch, logits, words, words + picked + launch.num_experts, (int)threadIdx.x % WARP, 0.0f, 1.0f};
-  row.load(static_cast<const T*>(launch.logits) + token * launch.row_stride);
+  Token<KEYS> row{launch, logits, words, words + picked + launch.num_experts, (int)threadIdx.x % WARP, 0.0f, 1.0f};
+  int64 first = token * launch.row_stride;
+  if (launch.num_parts > 1) row.load_parts(static_cast<const float*>(launch.logits) + first);
+  else if (launch.logits_type == FLOAT32) row.load(static_cast<const float*>(launch.logits) + first);
+  else if (launch.logits_type == BFLOAT16) row.load(static_cast<const bf16*>(launch.logits) + first);
+  else row.load(static_cast<const fp16*>(launch.logits) + first);
   row.rank();
   if (launch.expert_table) row.look_up(token);
   else row.choose();
