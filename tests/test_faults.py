@@ -417,6 +417,13 @@ CANNOT_COMPILE = {
         {"compile_unit": raising(RuntimeError(PTX_VERSION)), "nvrtc": (13, 0)},
         r"The NVIDIA driver is for CUDA 12.8, the compiler is NVRTC 13.0: install a newer driver",
     ),
+    "an old driver and no NVRTC": (
+        {
+            "compile_unit": raising(RuntimeError(INSUFFICIENT)),
+            "nvrtc": raising(RuntimeError('Failure finding "libnvrtc.so"')),
+        },
+        "The NVIDIA driver is older than the compiler: install a newer one",
+    ),
     "a fork": (
         {"compile_unit": raising(RuntimeError(INITIALIZATION))},
         "CUDA does not survive a fork: start processes with 'spawn' or 'forkserver'",

@@ -77,8 +77,12 @@ def _what_helps(error: Exception) -> str:
     if "nitializationError" in text or "NOT_INITIALIZED" in text:
         return f"{text}. CUDA does not survive a fork: start processes with 'spawn' or 'forkserver'"
     if any(word in text for word in ("PTX_VERSION", "INVALID_IMAGE", "NO_BINARY", "InsufficientDriver")):
-        driver, nvrtc = _version(cupy.cuda.runtime.driverGetVersion()), ".".join(map(str, cupy.cuda.nvrtc.getVersion()))
-        return f"{text}. The NVIDIA driver is for CUDA {driver}, the compiler is NVRTC {nvrtc}: install a newer driver"
+        try:
+            driver, nvrtc = _version(cupy.cuda.runtime.driverGetVersion()), cupy.cuda.nvrtc.getVersion()
+        except Exception:  # noqa: BLE001 - what is asked here may be what is missing
+            return f"{text}. The NVIDIA driver is older than the compiler: install a newer one"
+        found = f"The NVIDIA driver is for CUDA {driver}, the compiler is NVRTC {'.'.join(map(str, nvrtc))}"
+        return f"{text}. {found}: install a newer driver"
     packages = "nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12"
     return f"{text}. pip install {packages} brings the compiler and its headers"
 

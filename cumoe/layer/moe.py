@@ -72,7 +72,8 @@ def moe(
     TypeError
         If something is no array or not of its class, dtypes differ, or arrays differ in library or device.
     ValueError
-        If a shape does not fit, a word is unknown, num_tokens * top_k >= 2^31, or num_experts > 1024 on a GPU.
+        If a shape does not fit, a word is unknown, num_tokens * top_k >= 2^31, or num_experts > 1024 on a GPU; if `out`
+        cannot be written, or holds an element twice; if an array on a GPU is not aligned to its elements.
     RuntimeError
         If arrays are on a GPU whose kernels could not be compiled; the text says why.
 

@@ -48,7 +48,8 @@ def combine(
     TypeError
         If something is no array, has another dtype, or differs from `rows` in library or device.
     ValueError
-        If a shape does not fit.
+        If a shape does not fit, or `out` cannot be written, holds an element twice, or on a GPU shares memory with what
+        is read.
 
     See Also
     --------
