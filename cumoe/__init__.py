@@ -12,7 +12,7 @@ from cumoe.data.frame import Latent, RMSNorm
 from cumoe.data.groups import Groups
 from cumoe.data.routing import Router, Routing
 from cumoe.data.weights import Experts, SharedExperts
-from cumoe.gpu.compile import compile_all, gpu_is_there
+from cumoe.gpu.compile import compile_all, gpu_is_there, why_no_gpu
 from cumoe.layer.module import MoE
 from cumoe.layer.moe import moe
 from cumoe.stages.combine import combine
@@ -49,3 +49,5 @@ logging.getLogger("cumoe").addHandler(logging.NullHandler())
 
 if gpu_is_there():
     compile_all()
+else:
+    logging.getLogger("cumoe").info("no GPU is used: %s", why_no_gpu())

@@ -59,21 +59,27 @@ class Gpu:
 CPU, GPU = Cpu(), Gpu()
 
 
-def relative_error(got, expected, floor=0.0):
-    """Return the relative Frobenius distance beyond `floor` an element; inf where NaN appears."""
+def relative_error(got, expected, floor=0.0, unit=0.0):
+    """Return the relative Frobenius distance beyond `floor` an element; inf where NaN appears.
+
+    It is relative to what is expected, or to `unit` an element if that is more.
+    """
     got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
     assert got.shape == expected.shape, (got.shape, expected.shape)
     distance = np.linalg.norm(got - expected)
     if np.isnan(distance):
         return np.inf
     distance = max(0.0, distance - floor * got.size**0.5)
-    return 0.0 if distance == 0 else distance / max(np.linalg.norm(expected), 1e-300)
+    return 0.0 if distance == 0 else distance / max(np.linalg.norm(expected), unit * got.size**0.5, 1e-300)
 
 
-def assert_close(got, expected, dtype, what=""):
-    """Fail unless `got` is within the tolerance of its dtype; say where the largest difference is."""
+def assert_close(got, expected, dtype, what="", unit=0.0):
+    """Fail unless `got` is within the tolerance of its dtype; say where the largest difference is.
+
+    Results below `unit` are what is left where terms near 1 cancel: with few of them nothing averages that out.
+    """
     name = np.dtype(dtype).name
-    error = relative_error(got, expected, FLOOR[name])
+    error = relative_error(got, expected, FLOOR[name], unit)
     if not error < TOLERANCE[name]:
         difference = np.abs(np.asarray(got, np.float64) - np.asarray(expected, np.float64))
         worst = np.unravel_index(np.argmax(np.nan_to_num(difference, nan=np.inf)), difference.shape)

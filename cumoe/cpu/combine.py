@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 
 
+@np.errstate(over="ignore", invalid="ignore")  # inf - inf is the caller's
 def combine(
     rows: np.ndarray,
     inverse_permutation: np.ndarray,
@@ -21,5 +22,4 @@ def combine(
         total[tokens] += picked if topk_weights is None else topk_weights[tokens, j, None] * picked
     for shared in shared_rows if shared_rows is not None else ():
         total += shared
-    with np.errstate(over="ignore"):
-        out[...] = total.astype(out.dtype)
+    out[...] = total.astype(out.dtype)

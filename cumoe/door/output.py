@@ -1,5 +1,6 @@
 """Where a result goes: a new array, or the caller's."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,14 @@ from cumoe.door.arrays import Kind, admit_like, cupy
 from cumoe.door.checks import check_dtype, check_shape, refuse
 
 
-def output(out: Any, shape: tuple[int, int], dtype: np.dtype, kind: Kind, owner: str) -> tuple[Any, Any]:
-    """Return the NumPy or CuPy array to write, and the caller's own `out` (None if it is ours)."""
+def output(
+    out: Any, shape: tuple[int, int], dtype: np.dtype, kind: Kind, owner: str, *, over: Any = None, **apart: Any
+) -> tuple[Any, Any]:
+    """Return the NumPy or CuPy array to write, and the caller's own `out` (None if it is ours).
+
+    What a GPU reads while it writes may not be overwritten: `out` shares no memory with the arrays `apart`, nor with
+    the tokens `over` unless it is these tokens, element for element.
+    """
     if out is None:
         return (cupy if kind.on_gpu else np).empty(shape, dtype), None
     y = admit_like("out", out, kind, owner)
@@ -17,7 +24,43 @@ def output(out: Any, shape: tuple[int, int], dtype: np.dtype, kind: Kind, owner:
     check_shape("out", y, {"num_tokens": shape[0], "hidden_size": shape[1]})
     if kind.on_gpu and not y.flags.c_contiguous:
         raise ValueError(refuse("out", "a C-contiguous array on a GPU", f"strides {y.strides}"))
-    # A device array has no such flag: a library whose arrays cannot be changed in place, like JAX, has no `+=` either.
-    if not (hasattr(type(out), "__iadd__") if kind.on_gpu else y.flags.writeable):
+    if not (_is_writable(out) if kind.on_gpu else y.flags.writeable):
         raise ValueError(refuse("out", "a writable array", "a read-only one"))
+    if not kind.on_gpu and _repeats(y):
+        raise ValueError(refuse("out", "elements that share no memory", f"strides {y.strides}"))
+    if over is not None and (y.data.ptr, y.strides) != (over.data.ptr, over.strides):
+        apart[owner] = over
+    for name, array in apart.items() if kind.on_gpu else ():
+        if array is not None and _overlap(y, array):
+            raise ValueError(refuse("out", f"memory that {name} has no part in", "an overlapping array"))
     return y, out
+
+
+def _is_writable(out: Any) -> bool:
+    """Whether a device array can be changed in place: it has no flag, but a library like JAX has no `+=` either."""
+    by_interface_alone = not hasattr(type(out), "__iadd__") and not hasattr(out, "__dlpack__")
+    return not out.__cuda_array_interface__["data"][1] if by_interface_alone else hasattr(type(out), "__iadd__")
+
+
+def _repeats(y: np.ndarray) -> bool:
+    """Whether two elements of a matrix are the same memory: i * a = j * b for steps i, j that the shape has."""
+    (a, b), (num_rows, num_columns) = y.strides, y.shape
+    if (a == 0 and num_rows > 1) or (b == 0 and num_columns > 1):
+        return y.size > 0
+    common = math.gcd(a, b)
+    return common > 0 and abs(b) // common < num_rows and abs(a) // common < num_columns
+
+
+def _overlap(y: Any, other: Any) -> bool:
+    """Whether two device arrays may share memory."""
+    if y.size == 0 or other.size == 0:
+        return False
+    (low, high), (other_low, other_high) = _span(y), _span(other)
+    return low < other_high and other_low < high
+
+
+def _span(array: Any) -> tuple[int, int]:
+    """Return the first byte of an array, and the one behind its last."""
+    steps = [stride * (size - 1) for stride, size in zip(array.strides, array.shape, strict=True)]
+    first = array.data.ptr + sum(step for step in steps if step < 0)
+    return first, array.data.ptr + sum(step for step in steps if step > 0) + array.dtype.itemsize

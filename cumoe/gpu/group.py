@@ -45,7 +45,7 @@ def num_warps(num_slots: int, num_experts: int, max_bytes: int) -> int:
 
 
 def shared_bytes(warps: int, num_experts: int) -> int:
-    """Return the shared memory of a block: a histogram for every warp and two rows of its own, or the slots it ranks."""
+    """Return the shared memory of a block: a histogram for every warp and two rows, or the slots that it ranks."""
     return 4 * max((warps + 2) * (num_experts + 1), MAX_RANKED)
 
 

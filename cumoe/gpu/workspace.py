@@ -32,17 +32,30 @@ def _padded_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
+def is_captured() -> bool:
+    """Whether the current stream records a graph."""
+    stream = cupy.cuda.get_current_stream().ptr
+    return bool(stream and cupy.cuda.runtime.streamIsCapturing(stream))
+
+
 class Workspace:
     """A block of device memory for each (device, stream) that used it; it grows and never shrinks.
 
     Hold `lock` from `arrays` until the last launch that uses them: two threads on one stream share a block. A block
-    that a stream capture has seen is kept as long as the workspace lives, since the graph writes to it.
+    that a stream capture has seen is kept as long as the workspace lives, since the graph writes to it; so is what the
+    graph reads, and its output.
     """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self._blocks: dict[tuple[int, int], Any] = {}
         self._captured: dict[int, Any] = {}
+        self._held: list[tuple[Any, ...]] = []
+
+    def hold_if_captured(self, *arrays: Any) -> None:
+        """Keep arrays as long as the workspace lives if a graph is being recorded, which goes to where they lie."""
+        if is_captured():
+            self._held.append(arrays)
 
     def arrays(self, buffers: Buffers, at_least: int = 0) -> dict[str, Any]:
         """Return the named arrays for the current device and stream, uninitialised."""
@@ -52,7 +65,7 @@ class Workspace:
         block = self._blocks.get(key)
         if block is None or block.size < size:
             block = self._blocks[key] = cupy.empty(size, np.uint8)
-        if stream.ptr and cupy.cuda.runtime.streamIsCapturing(stream.ptr):
+        if is_captured():
             self._captured[block.data.ptr] = block
         arrays, offset = {}, 0
         for name, (shape, dtype) in buffers.items():

@@ -12,6 +12,7 @@ from cumoe.door.arrays import Kind, admit_like, give_back, on_device
 from cumoe.door.checks import FLOAT_DTYPES, check_count, check_dtype, check_shape, refuse
 from cumoe.door.factors import admit_factors
 from cumoe.door.output import output
+from cumoe.door.streams import on_producers_stream
 from cumoe.gpu.layer_router import LayerRouter
 from cumoe.gpu.workspace import Workspace, total_bytes
 from cumoe.layer.frame import frame_buffers, framed_forward, normalised
@@ -73,10 +74,11 @@ class MoE:
     Notes
     -----
     On a GPU all memory but the output is one block for each stream that calls the layer, reused by every call and grown
-    when a larger batch comes. Calls from several threads are safe. In a graph capture the layer's memory outlives the
-    graph as long as the layer does.
+    when a larger batch comes. Calls from several threads are safe. What a graph capture has seen of a call, its inputs
+    and output as well as the layer's memory, lives as long as the layer does: keep the layer as long as its graphs.
     """
 
+    @on_producers_stream
     def __init__(
         self,
         router: Router,
@@ -131,6 +133,7 @@ class MoE:
         self._workspace = Workspace()
         self._reserved_bytes = self.workspace_bytes(self.max_tokens) if self.max_tokens else 0
 
+    @on_producers_stream
     def __call__(self, x: Any, router_logits: Any = None, *, input_ids: Any = None, out: Any = None) -> Any:
         """Route the tokens and compute the layer.
 
@@ -166,7 +169,8 @@ class MoE:
             raise ValueError(refuse("router_logits", "an array, since the layer has no router_weight", None))
         with on_device(kind):
             ids = admit_input_ids(input_ids, self.router, kind, "x", num_tokens)
-            y, result = output(out, tokens.shape, tokens.dtype, kind, "x")
+            over = tokens if self.frame.has_end and kind.on_gpu else None  # else all is read before y is written
+            y, result = output(out, tokens.shape, tokens.dtype, kind, "x", over=over)
             (self._forward_gpu if kind.on_gpu else self._forward_cpu)(tokens, logits, ids, y)
         return result if out is not None else give_back(y, kind)
 
@@ -180,6 +184,7 @@ class MoE:
     def _forward_gpu(self, tokens: Any, logits: Any, input_ids: Any, y: Any) -> None:
         with self._workspace.lock:
             buffers = self._workspace.arrays(self._buffers(tokens.shape[0]), self._reserved_bytes)
+            self._workspace.hold_if_captured(tokens, logits, input_ids, y)
             router_x, expert_x = normalised(tokens, self.frame, buffers)
             routing, groups = self._gpu_router(router_x, logits, input_ids, self.experts.num_experts, buffers)
             framed_forward(expert_x, routing, self.experts, self.shared, self.weight_on, self.frame, y, buffers, groups)
