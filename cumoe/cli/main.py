@@ -1,4 +1,4 @@
-"""The command line: ``cumoe demo``, ``cumoe inspect``, ``cumoe run``, ``cumoe bench`` and ``cumoe config``."""
+"""The command line: ``cumoe doctor``, ``demo``, ``inspect``, ``run``, ``bench`` and ``config``."""
 
 import argparse
 import sys
@@ -14,7 +14,11 @@ from cumoe.cli.families import FAMILIES
 from cumoe.cli.files import DTYPES
 from cumoe.cli.refusal import Refusal
 from cumoe.cli.shapes import NUM_TOKENS, SHAPES
+from cumoe.doctor.main import DESCRIPTION as DOCTOR
+from cumoe.doctor.main import add_options, doctor
 from cumoe.layer.moe import WEIGHT_ON
+
+COMMANDS = {"doctor": doctor, "demo": demo, "inspect": inspect, "run": run, "bench": bench}
 
 DEVICE: dict[str, Any] = {
     "choices": ("auto", "gpu", "cpu"), "default": "auto", "help": "default: a GPU if there is one",
@@ -44,8 +48,9 @@ def parser() -> Parser:
     """Return the parser of all commands."""
     top = Parser(prog="cumoe", description="Mixture-of-Experts layers on NVIDIA GPUs with CuPy and NumPy alone.")
     top.add_argument("--version", action="version", version=f"cumoe {cumoe.__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="{demo,inspect,run,bench,config}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="{doctor,demo,inspect,run,bench,config}")
     commands.add_parser("config", help="print versions and devices")
+    add_options(commands.add_parser("doctor", help="find out what works, and how to mend the rest", description=DOCTOR))
     _add_checkpoint_commands(commands)
     _add_bench(commands)
     show = commands.add_parser(
@@ -103,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cumoe.show_config()
         return 0
     try:
-        return {"demo": demo, "inspect": inspect, "run": run, "bench": bench}[options.command](options)
+        return COMMANDS[options.command](options)
     except Refusal as refusal:
         print(f"cumoe {options.command}: {refusal}", file=sys.stderr)
     except MemoryError as error:
