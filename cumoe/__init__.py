@@ -23,6 +23,7 @@ from cumoe.gpu.compile import compile_all, gpu_is_there
 from cumoe.layer.module import MoE
 from cumoe.layer.moe import moe
 from cumoe.stages.combine import combine
+from cumoe.stages.expert_load import ExpertLoad, expert_load
 from cumoe.stages.group import group
 from cumoe.stages.grouped_gemm import grouped_gemm
 from cumoe.stages.route import route
@@ -31,6 +32,7 @@ from cumoe.version import __version__
 
 __all__ = [
     "Activation",
+    "ExpertLoad",
     "Experts",
     "Groups",
     "Latent",
@@ -42,6 +44,7 @@ __all__ = [
     "SharedExperts",
     "__version__",
     "combine",
+    "expert_load",
     "group",
     "grouped_gemm",
     "layers",
