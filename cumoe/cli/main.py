@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import cumoe
+from cumoe.bench.baselines import BASELINES
+from cumoe.bench.distributions import WORDS
+from cumoe.bench.shapes import NUM_TOKENS, SHAPES
 from cumoe.cli.bench import bench
 from cumoe.cli.checkpoint import inspect, run
 from cumoe.cli.demo import demo
 from cumoe.cli.families import FAMILIES
 from cumoe.cli.files import DTYPES
 from cumoe.cli.refusal import Refusal
-from cumoe.cli.shapes import NUM_TOKENS, SHAPES
 from cumoe.doctor.main import DESCRIPTION as DOCTOR
 from cumoe.doctor.main import add_options, doctor
 from cumoe.layer.moe import WEIGHT_ON
@@ -91,13 +93,18 @@ def _add_bench(commands: Any) -> None:
         "bench",
         help="time published layers on the GPU",
         description="Time cumoe.moe at the sizes of published layers, replayed from a CUDA graph with a cold L2 cache, "
-        "beside the least that cuBLAS's rate and the memory's bandwidth, measured first, would allow.",
+        "beside the least that cuBLAS's rate and the memory's bandwidth, measured first, would allow, and beside other "
+        "ways to compute the same.",
     )
     layers, tokens = tuple(SHAPES), " ".join(map(str, NUM_TOKENS))
     time.add_argument("--layers", nargs="+", choices=layers, default=layers, metavar="NAME", help=", ".join(layers))
     time.add_argument("--tokens", nargs="+", type=count, default=NUM_TOKENS, metavar="N", help=f"default: {tokens}")
     time.add_argument("--weight-on", choices=WEIGHT_ON, help="default: where the layer has them")
     time.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="default: %(default)s")
+    time.add_argument("--routing", nargs="+", default=["uniform"], metavar="HOW", help=f"{WORDS}; default: uniform")
+    baselines = tuple(BASELINES)
+    about = "; ".join(f"{name}: {baseline.what}" for name, baseline in BASELINES.items())
+    time.add_argument("--baselines", nargs="*", choices=baselines, default=baselines, metavar="NAME", help=about)
     time.add_argument("--csv", type=Path, metavar="FILE", help="where to save the table too")
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 SUCCESS = 0
 COMPUTE_CAPABILITY = (75, 76)  # CUdevice_attribute: major, minor
 MULTIPROCESSORS = 16
+CLOCKS = {"sm": 1, "memory": 2}  # nvmlClockType
 NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 
 
@@ -66,6 +67,22 @@ def _gpu(cuda: Any, ordinal: int) -> Gpu:
 
     major, minor = map(attribute, COMPUTE_CAPABILITY)
     return Gpu(name.value.decode(errors="replace"), (major, minor), attribute(MULTIPROCESSORS), size.value)
+
+
+def clocks(pci_bus_id: str) -> dict[str, int]:
+    """Return the MHz that a device runs at now: "sm" and "memory"; what cannot be read is missing."""
+    try:
+        nvml, device = _library("libnvidia-ml.so.1", "nvml.dll"), ctypes.c_void_p()
+        nvml.nvmlInit_v2()
+        if nvml.nvmlDeviceGetHandleByPciBusId_v2(pci_bus_id.encode(), ctypes.byref(device)) != SUCCESS:
+            return {}
+        found, mhz = {}, ctypes.c_uint()
+        for name, number in CLOCKS.items():
+            if nvml.nvmlDeviceGetClockInfo(device, number, ctypes.byref(mhz)) == SUCCESS:
+                found[name] = mhz.value
+    except (OSError, AttributeError):
+        return {}
+    return found
 
 
 def _release() -> str:
