@@ -131,4 +131,10 @@ def test_top_level_of_the_repository():
 )
 def test_docstring_examples(name):
     """What a docstring shows is what comes out."""
-    assert doctest.testmod(importlib.import_module(name)).failed == 0
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as missing:
+        if missing.name not in ("jax", "torch", "transformers"):
+            raise
+        pytest.skip(str(missing))
+    assert doctest.testmod(module).failed == 0
