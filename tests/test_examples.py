@@ -27,9 +27,10 @@ def test_example(name, tmp_path):
     (command,) = re.findall(r"^    python (-m .*)$", source, re.MULTILINE)
     assert f"cumoe.examples.{name}" in command
     more = ["-p", "no:cacheprovider", "-q"] if "pytest" in command else []
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CI": "true"}  # hypothesis does not mind a busy machine then
     done = subprocess.run(
         [sys.executable, *shlex.split(command), *more],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"difference|the same as|3 passed", done.stdout), done.stdout
