@@ -1,6 +1,7 @@
 """The benchmark: what it counts, what it refuses and what it skips; on a GPU one small layer."""
 
 import csv
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,6 +24,7 @@ from cumoe.bench.timer import Times, times_of
 from cumoe.bench.torch_grouped import TorchGrouped
 from cumoe.cli import bench as bench_module
 from cumoe.cli.main import main
+from cumoe.cli.progress import say, with_progress
 
 TINY = Shape(64, 48, 8, 2, 1, 48, "input", "sigmoid")
 ROOFS = Roofs(product=800e12, copy=4e12, read=4e12)
@@ -390,6 +392,18 @@ def test_lines_and_file(numpy_gpu, tmp_path, capsys):
     assert rows[0]["read_tb_per_s"] == "4.0000"
 
 
+@pytest.mark.parametrize("installed", [True, False])
+def test_progress(installed, monkeypatch, capsys):
+    """Everything comes through, with tqdm or without; off a terminal there is no bar."""
+    if not installed:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert list(with_progress([3, 1, 2], "case")) == [3, 1, 2]
+    say("a line")
+    captured = capsys.readouterr()
+    assert captured.out == "a line\n"
+    assert not captured.err
+
+
 def test_a_baseline_without_memory_is_left_out(numpy_gpu, monkeypatch, capsys):
     """Torch has an exception of its own; any other error is one."""
 
@@ -433,7 +447,10 @@ def test_no_gpu(monkeypatch, tmp_path, capsys):
     """There is nothing to time, and no file is touched."""
     monkeypatch.setattr("cumoe.cli.machine.gpu_is_there", lambda: False)
     path = tmp_path / "table.csv"
-    assert refused(capsys, "--csv", str(path)) == "cumoe bench: no CUDA device is there\n"
+    assert (
+        refused(capsys, "--csv", str(path))
+        == "cumoe bench: no CUDA device is there; python -m cumoe doctor tells what is missing\n"
+    )
     assert not path.exists()
 
 

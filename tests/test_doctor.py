@@ -216,6 +216,16 @@ def test_the_compiler_of_the_hopper_kernels(monkeypatch, version, driver, verdic
     examination.driver, examination.cupy = driver, {"nvrtc": version}
     nvrtc, headers = examination.compiler()
     assert nvrtc.verdict == verdict and headers.verdict == "ok"
+    assert ("gate.cu compiled" in headers.text) == (driver is None)
+
+
+def test_headers_beside_a_gpu(monkeypatch):
+    """Where they are not found, CuPy may know others: the import tells."""
+    answers(monkeypatch, {"headers": None})
+    examination = Examination(gpu_is_wanted=False, quick=True)
+    examination.driver, examination.cupy = H200, {"nvrtc": [12, 9]}
+    _, headers = examination.compiler()
+    assert headers.verdict == "note" and headers.cure
 
 
 def test_no_compiler_and_no_headers(monkeypatch):

@@ -85,6 +85,8 @@ class Timer:
                 return self._repeated(graph.replay)
             finally:
                 self._stream.synchronize()
+                graph.reset()
+                torch.cuda.empty_cache()  # CuPy's arrays want that memory
 
     def _repeated(self, replay: Run) -> Times:
         replay()

@@ -33,10 +33,14 @@ class TorchGrouped:
 
     @staticmethod
     def serves(problem: Problem) -> bool:
-        """Whether this knows the layer: no biases, a known activation."""
+        """Whether this knows the layer: bfloat16, no biases, a known activation; and torch the GPU, if it is on one."""
         shape = problem.shape
         is_known = shape.activation in ACTIVATIONS and (shape.activation == "silu") == (shape.layout == "stacked")
-        return is_known and not shape.biases and problem.weight_on != "activation"
+        is_known = is_known and not shape.biases and problem.weight_on != "activation"
+        if not is_known or problem.x.dtype.name != "bfloat16":
+            return False
+        torch: Any = importlib.import_module("torch")
+        return hasattr(torch, "_grouped_mm") and (problem.xp is np or bool(torch.cuda.is_available()))
 
     def run(self) -> Any:
         """Compute the layer; return a new tensor."""

@@ -18,7 +18,7 @@ from cumoe.bench.shapes import SHAPES
 from cumoe.bench.timer import REPEATS, Timer, free_pool
 from cumoe.cli.files import DTYPES
 from cumoe.cli.machine import choose_machine
-from cumoe.cli.progress import with_progress
+from cumoe.cli.progress import say, with_progress
 from cumoe.cli.refusal import Refusal
 from cumoe.cli.report import print_pair
 from cumoe.door.arrays import cupy
@@ -46,7 +46,7 @@ def bench(options: Namespace) -> int:
     distributions = _distributions(options)
     machine, trouble = choose_machine("auto")
     if trouble:
-        raise Refusal(trouble)
+        raise Refusal(f"{trouble}; python -m cumoe doctor tells what is missing")
     with ExitStack() as stack:
         file = None
         if options.csv is not None:
@@ -61,7 +61,7 @@ def bench(options: Namespace) -> int:
             csv.writer(file).writerow([*Case._fields, *around])
         jobs = [Job(layer, d, tokens) for layer in options.layers for d in distributions for tokens in options.tokens]
         for found in _cases(jobs, options, timer, roofs):
-            print(found.line(), flush=True)
+            say(found.line())
             if file is not None:
                 csv.writer(file).writerow([*found.row(), *around.values()])
     return 0
@@ -110,7 +110,7 @@ def _cases(jobs: list[Job], options: Namespace, timer: Timer, roofs: Roofs) -> I
         try:
             found = _case(job, weights, options, timer, roofs)
         except MemoryError:
-            print(f"{job.layer:<16}  {job.tokens:>6}  skipped: not enough memory beside the weights", flush=True)
+            say(f"{job.layer:<16}  {job.tokens:>6}  skipped: not enough memory beside the weights")
             continue
         yield found
 
@@ -130,7 +130,7 @@ def _weights(layer: str, dtype: Any) -> Weights | None:
     free_bytes, needed = cupy.cuda.runtime.memGetInfo()[0], shape.weight_bytes(shape.num_experts)
     if needed + SPARE_BYTES > free_bytes:
         sizes = f"its weights take {needed / 2**30:.1f} GiB, and {free_bytes / 2**30:.1f} GiB are free"
-        print(f"{layer:<16}  skipped: {sizes}", flush=True)
+        say(f"{layer:<16}  skipped: {sizes}")
         return None
     return Weights(cupy, shape, dtype)
 

@@ -40,6 +40,11 @@ from cumoe.gpu.inventory import compile_one_unit
 answer.update(compile_one_unit())
 """
 
+HEADERS_CODE = """
+from cumoe.gpu.inventory import header_version
+answer['headers'] = header_version()
+"""
+
 IMPORT_CODE = """
 import time
 begin = time.perf_counter()
@@ -159,7 +164,7 @@ class Examination:
             yield Finding("ok", "CuPy", f"{version} ({name})")
 
     def compiler(self) -> Iterator[Finding]:
-        """Examine NVRTC, and compile one unit: that needs no GPU, and shows whether the headers are there and fit."""
+        """Examine NVRTC and its headers; without a GPU, where nothing else will be compiled, compile one unit."""
         version = self.cupy.get("nvrtc")
         if version is None:
             missing = self.cupy.get("no_nvrtc", "CuPy, which looks for it, is not usable")
@@ -172,8 +177,13 @@ class Examination:
             yield Finding("FAIL", "NVRTC", slow, cure)
         else:
             yield Finding("ok", "NVRTC", text)
-        found = ask(COMPILE_CODE)
-        if "error" in found:
+        found = ask(HEADERS_CODE if self.has_gpu else COMPILE_CODE)
+        if self.has_gpu and not found.get("headers"):
+            text = "not found beside CuPy; the import below shows whether CuPy knows others"
+            yield Finding("note", "headers", text, COMPILER)
+        elif self.has_gpu:
+            yield Finding("ok", "headers", f"CUDA {_dotted(found['headers'])}")
+        elif "error" in found:
             text = f"a unit does not compile: {one_line(found['error'])}"
             yield Finding(self.gpu_verdict, "headers", text, COMPILER)
         else:

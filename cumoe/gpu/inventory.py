@@ -70,10 +70,7 @@ def compile_one_unit() -> dict[str, Any]:
     """
     if cupy is None:
         raise RuntimeError("CuPy is not usable")
-    from cuda.pathfinder import find_nvidia_header_directory  # noqa: PLC0415 - comes with CuPy, which may be missing
-
-    nvrtc = cupy.cuda.nvrtc
-    folder = find_nvidia_header_directory("cudart")
+    nvrtc, folder = cupy.cuda.nvrtc, _header_folder()
     program = nvrtc.createProgram(unit_source(TRIAL_UNIT), f"{TRIAL_UNIT}.cu", (), ())
     begin = time.perf_counter()
     try:
@@ -84,11 +81,19 @@ def compile_one_unit() -> dict[str, Any]:
     finally:
         nvrtc.destroyProgram(program)
     seconds = time.perf_counter() - begin
-    return {"unit": TRIAL_UNIT, "seconds": seconds, "headers": _header_version(folder)}
+    return {"unit": TRIAL_UNIT, "seconds": seconds, "headers": header_version()}
 
 
-def _header_version(folder: str | None) -> tuple[int, int] | None:
-    """Return the CUDA version that the headers in a folder are of."""
+def _header_folder() -> str | None:
+    from cuda.pathfinder import find_nvidia_header_directory  # noqa: PLC0415 - comes with CuPy, which may be missing
+
+    found: str | None = find_nvidia_header_directory("cudart")
+    return found
+
+
+def header_version() -> tuple[int, int] | None:
+    """Return the CUDA version that the headers are of, or None where none are found."""
+    folder = _header_folder()
     if folder is None:
         return None
     with open(f"{folder}/cuda_runtime_api.h", encoding="utf-8") as file:  # noqa: PTH123 - read by line
