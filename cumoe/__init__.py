@@ -6,11 +6,12 @@ Data goes one way: route -> group -> grouped_gemm -> combine; `moe` does the las
 import logging
 import sys
 
-from cumoe.doctor.main import is_asked_for
-from cumoe.doctor.main import main as _doctor
+from cumoe.doctor.asked import is_asked_for
 
 if is_asked_for(sys.argv, sys.orig_argv):  # it answers also where what follows cannot be imported, and ends here
-    sys.exit(_doctor(sys.argv[2:]))
+    from cumoe.doctor.main import main
+
+    sys.exit(main(sys.argv[2:]))
 
 from cumoe import reference
 from cumoe.checkpoint.load import LayerShape, layers, load

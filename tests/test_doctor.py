@@ -14,9 +14,10 @@ from support import gpu_is_there
 
 from cumoe.cli.main import main
 from cumoe.doctor import checks
+from cumoe.doctor.asked import is_asked_for
 from cumoe.doctor.checks import Examination, _numbers
 from cumoe.doctor.child import ask
-from cumoe.doctor.main import doctor, examine, is_asked_for
+from cumoe.doctor.main import doctor, examine
 from cumoe.doctor.nvidia import Driver, Gpu, ask_driver
 from cumoe.gpu import sources
 from cumoe.gpu.inventory import compile_one_unit, kernel_names

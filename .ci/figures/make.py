@@ -2,7 +2,7 @@
 
     python .ci/figures/make.py
 
-A picture is made where its file is there; the files come from a GPU:
+A picture is made where a file for it is there; bench1.csv and bench2.csv, say, count as one. They come from a GPU:
 
     python -m cumoe bench --csv .ci/figures/bench.csv
     python -m cumoe bench --layers Qwen3-30B-A3B DeepSeek-V3 Mixtral-8x7B --tokens 4096 --baselines \
@@ -25,12 +25,12 @@ FIGURES = {
     "roles": ("roles", ""),
     "load": ("load", ""),
     "public": ("models", "public.csv"),
-    "models": ("models", "bench.csv"),
-    "roofline": ("roofline", "bench.csv"),
-    "imbalance": ("imbalance", "imbalance.csv"),
-    "timeline": ("timeline", "stages.csv"),
+    "models": ("models", "bench*.csv"),
+    "roofline": ("roofline", "bench*.csv"),
+    "imbalance": ("imbalance", "imbalance*.csv"),
+    "timeline": ("timeline", "stages*.csv"),
 }
-"""By name: what is drawn, and from which file."""
+"""By name: what is drawn, and from which files; several are read one behind the other."""
 
 
 def readme_rows(text: str) -> list[dict[str, str]]:
@@ -66,10 +66,11 @@ def main() -> int:
     write_public(FOLDER / "public.csv")
     failed = 0
     for name, (kind, source) in FIGURES.items():
-        if source and not (FOLDER / source).is_file():
+        files = sorted(map(str, FOLDER.glob(source))) if source else []
+        if source and not files:
             print(f"no {source}: {name} is left as it is")
             continue
-        options = ["--csv", str(FOLDER / source)] if source else []
+        options = ["--csv", *files] if files else []
         output = str(FOLDER / f"{name}.svg")
         failed += cumoe(["plot", kind, *options, "--theme", "light", "dark", "--output", output]) != 0
     return failed

@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import PurePath
 from typing import Any
 
 from cumoe.doctor.checks import Examination
@@ -13,21 +12,6 @@ DESCRIPTION = (
     "does; 1: a line says FAIL. Without a GPU the CPU is what should work, and what a GPU would need is noted; with "
     "--gpu that is a failure too."
 )
-
-
-def is_asked_for(argv: Sequence[str], original: Sequence[str]) -> bool:
-    """Return whether this process is ``python -m cumoe doctor`` or ``cumoe doctor``, while the package is imported.
-
-    Parameters
-    ----------
-    argv, original : sequence of str
-        ``sys.argv``, whose first item is ``-m`` as long as the module is being located, and ``sys.orig_argv``.
-    """
-    if argv[1:2] != ["doctor"]:
-        return False
-    if argv[0] == "-m":
-        return original[-len(argv)] in ("cumoe", "-mcumoe")
-    return PurePath(argv[0]).name in ("cumoe", "cumoe.exe")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
