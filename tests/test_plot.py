@@ -219,6 +219,15 @@ def test_percents_of_baselines():
     assert models.percents(row | {"us_best_public": "50", "percent_best_public": "90"})["best_public"] == 90
 
 
+def test_bars_are_of_one_routing():
+    """The first that comes."""
+    pytest.importorskip("matplotlib")
+    row = {"layer": "x", "tokens": "1", "us": "100", "percent": "80", "routing": "uniform"}
+    figure = models.models([row, row | {"routing": "one-hot", "percent": "30"}], THEMES["light"])
+    (axes,) = figure.axes
+    assert [bar.get_height() for bar in axes.patches] == [80]
+
+
 def test_padding():
     """Rows that whole tiles add."""
     assert load.padding(np.array([8, 16, 0]), 8) == 0

@@ -39,13 +39,15 @@ def models(rows: Sequence[Row], theme: Theme) -> Any:
     Parameters
     ----------
     rows : sequence of dict
-        With the columns `COLUMNS`, and ``us_NAME`` or ``percent_NAME`` of baselines.
+        With the columns `COLUMNS`, and ``us_NAME`` or ``percent_NAME`` of baselines. Of several routings the first is
+        drawn.
     theme : Theme
 
     Returns
     -------
     matplotlib.figure.Figure
     """
+    rows = [row for row in rows if row.get("routing") == rows[0].get("routing")]
     layers, tokens = distinct(rows, "layer")[:MAX_LAYERS], distinct(rows, "tokens")
     cells = {(row["layer"], row["tokens"]): percents(row) for row in rows}
     highest = max(value for cell in cells.values() for value in cell.values() if value is not None)
