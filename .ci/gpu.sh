@@ -18,7 +18,6 @@ print(cumoe.show_config(mode="dicts")["GPU"])
 sys.exit(not gpu_is_there())
 EOF
 "$python" -m cumoe config
-"$python" -m cumoe doctor --gpu --quick
 "$python" -m pytest tests -m gpu -q "$@"
 "$python" -m cumoe demo
 
