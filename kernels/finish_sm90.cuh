@@ -135,25 +135,24 @@ template <typename T, typename Shape> struct Finish {
 #pragma unroll
         for (int i = 0; i < 4; ++i) packed[i] = pack_two(T(), v[2 * i], v[2 * i + 1]);
         store_matrix_x4_transposed(address + j * 16 % SLAB_ROWS * 128, packed);
-        int rows = 16 * (j + 1);
-        if (rows % SLAB_ROWS == 0 || rows == MAX_ROWS || rows >= num_rows) {
-          int first_row = 16 * j / SLAB_ROWS * SLAB_ROWS;
-          sync_consumer();
-          store_slab<FORM>(feature, first_row, min(rows, num_rows));
-          sync_consumer();
-        }
+        int rows = 16 * (j + 1);  // all told; the slab's last ones follow below
+        if (rows % SLAB_ROWS == 0 && rows < MAX_ROWS && rows < num_rows) store_slab<FORM>(feature, rows - SLAB_ROWS, rows);
       }
     }
+    store_slab<FORM>(feature, (num_rows - 1) / SLAB_ROWS * SLAB_ROWS, num_rows);
   }
 
-  // Whole 128-byte rows of 64 features, eight lanes a row; woven pairs have half of them.
+  // The slab's rows, which are first_row .. end_row - 1 of the tile: whole lines of 64 features, eight lanes a row; woven
+  // pairs have half of them.
   template <Form FORM> __device__ __forceinline__ void store_slab(int feature, int first_row, int end_row) const {
     int thread = thread_of_warpgroup(), chunk = thread % 8, row = thread / 8;
     bool exists = feature + chunk * 8 < features(stack) && (FORM != PAIR_WOVEN || chunk < 4);
     T* c = result<T>(stack, place.tile.row_begin, feature + chunk * 8);
     uint32 address = slab + row * 128 + ((chunk ^ (row & 7)) << 4);
+    sync_consumer();
     for (row += first_row; row < end_row; row += 16, address += 16 * 128)
       if (exists) *reinterpret_cast<uint4*>(c + row * stack.c_row_stride) = load_shared_16(address);
+    sync_consumer();
   }
 
   __device__ __forceinline__ void sync_consumer() const {

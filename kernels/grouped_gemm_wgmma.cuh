@@ -20,7 +20,7 @@
 //   full[s]     1 + 128     weights, tokens       TMA and the copies have written stage s
 //   empty[s]    warps       consumers             every consumer warp has multiplied stage s
 //   told[r]     32          planner               the description of a tile and its row factors stand in ring place r
-//   stored[r]   threads     consumers             the results of that tile are stored
+//   done[r]     threads     tokens, consumers     all rows of that tile are asked for, and its results stored
 //   free[r]     1           reporter              nobody reads that place any more
 //   wanted      1           weights               the end of a tile is near: the next one is to be planned
 //   sync_consumer           its warps             a consumer's slab is written, or has been stored and may be overwritten
@@ -56,7 +56,7 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
 
   static constexpr int RING = Shape::RING, ROWS_OF_BOX = Shape::ROWS_OF_BOX;
 
-  struct Barriers { uint64 full[MAX_STAGES], empty[MAX_STAGES], told[RING], stored[RING], free[RING], wanted; };
+  struct Barriers { uint64 full[MAX_STAGES], empty[MAX_STAGES], told[RING], done[RING], free[RING], wanted; };
 
   const WgmmaLaunch& launch;
   Tiles schedule;
@@ -67,7 +67,7 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
   __device__ __forceinline__ uint32 full(int stage) const { return shared_address(&barriers.full[stage]); }
   __device__ __forceinline__ uint32 empty(int stage) const { return shared_address(&barriers.empty[stage]); }
   __device__ __forceinline__ uint32 told(int place) const { return shared_address(&barriers.told[place]); }
-  __device__ __forceinline__ uint32 stored(int place) const { return shared_address(&barriers.stored[place]); }
+  __device__ __forceinline__ uint32 done(int place) const { return shared_address(&barriers.done[place]); }
   __device__ __forceinline__ uint32 free(int place) const { return shared_address(&barriers.free[place]); }
   __device__ __forceinline__ uint32 wanted() const { return shared_address(&barriers.wanted); }
 
@@ -189,6 +189,8 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
       const Place& now = ring[turn.place()];
       if (gathers(stack_of(now.tile))) gather_rows(now, stage);
       else load_rows(now.tile, stage);
+      asm volatile("" : "+r"(turn.tile));  // the place is computed again, not kept: 40 registers are few
+      barrier_arrive(done(turn.place()));
     });
   }
 
@@ -300,7 +302,7 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
   __device__ __forceinline__ void multiply_and_finish(int consumer) const {
     Cursor stage;
     Accumulators acc;
-    if (consumer == 1) __nanosleep(HEAD_START_NS);
+    if (Shape::HEAD_START_NS > 0 && consumer == 1) __nanosleep(Shape::HEAD_START_NS);
     for_each_tile([&](Turn turn) {
       const TileInfo& tile = ring[turn.place()].tile;
       int num_rows = __shfl_sync(FULL_MASK, tile.num_rows, 0);
@@ -333,7 +335,7 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
       Epilogue epilogue{stack_of(tile), ring[turn.place()], Tiles::pairs(stack_of(tile)), schedule.inward(stack_of(tile)), num_rows, consumer,
                         smem + launch.num_stages * STAGE_BYTES + consumer * Epilogue::SLAB_BYTES};
       epilogue.store(acc);  // ends in a barrier of the consumer
-      barrier_arrive(stored(turn.place()));
+      barrier_arrive(done(turn.place()));
     });
   }
 
@@ -343,7 +345,7 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
     for_each_tile([&](Turn turn) {
       TileInfo tile = ring[turn.place()].tile;
       bool awaited = launch.num_products == 2 && !is_second(tile);
-      barrier_wait(stored(turn.place()), turn.parity());
+      barrier_wait(done(turn.place()), turn.parity());
       barrier_arrive(free(turn.place()));
       if (awaited) Progress{launch.progress}.add(tile.row_block);
     });
@@ -366,7 +368,7 @@ __device__ __forceinline__ void grouped_gemm(const WgmmaLaunch& launch) {
     }
     for (int i = 0; i < Gemm::RING; ++i) {
       barrier_init(shared_address(&barriers.told[i]), WARP);
-      barrier_init(shared_address(&barriers.stored[i]), Gemm::CONSUMER_WARPS * WARP);
+      barrier_init(shared_address(&barriers.done[i]), TOKEN_THREADS + Gemm::CONSUMER_WARPS * WARP);
       barrier_init(shared_address(&barriers.free[i]), 1);
     }
     barrier_init(shared_address(&barriers.wanted), 1);

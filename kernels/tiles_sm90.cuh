@@ -21,7 +21,6 @@ namespace hopper {
 
 constexpr int BLOCK_K = 64, ROW_BYTES = BLOCK_K * 2, RUN = 64, RUN_BYTES = RUN * ROW_BYTES;
 constexpr int WARPGROUP = 128, TOKEN_THREADS = WARPGROUP, MAX_STAGES = 10;
-constexpr int HEAD_START_NS = 1000;  // of the first consumer: while one finishes a tile, the other multiplies
 constexpr int LEAD = 16;  // inner blocks of a tile that are still to be asked for when the next tile is planned
 constexpr int BAND = 4;  // weight blocks that are walked together over all row blocks of an expert
 
@@ -39,6 +38,8 @@ template <int ROWS, int CONSUMER_GROUPS, int BLOCKS, Halves OF_TILE> struct Tile
   static constexpr int ROWS_OF_BOX = ROWS > 16 ? 16 : 8;  // few rows: what comes along would be a quarter of all traffic
   static constexpr Halves HALVES = OF_TILE;
   static constexpr int SLAB_ROWS = ROWS == 144 ? 64 : ROWS;  // results on their way out; a smaller slab leaves 4 stages room
+  // Of the first consumer: while one finishes a tile, the other multiplies; three stages are too few for a distance.
+  static constexpr int HEAD_START_NS = ROWS == 144 ? 1000 : 0;
   // Of a thread that brings tokens, plans or brings weights, multiplies: 512 for the four warpgroups of two consumers.
   static constexpr int TOKEN_REGISTERS = 40, HELPER_REGISTERS = ROWS > 144 ? 24 : 40;
   static constexpr int CONSUMER_REGISTERS = (512 - TOKEN_REGISTERS - HELPER_REGISTERS) / 2;

@@ -14,14 +14,16 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("cumoe")
 
 
+def pytest_runtest_setup(item):
+    """Skip the GPU half where there is no GPU."""
+    if item.get_closest_marker("gpu") and not gpu_is_there():
+        pytest.skip("no CUDA device")
+
+
 @pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
 def backend(request):
-    """Return where the arrays of a test live; the GPU half is skipped where there is none."""
-    if request.param == "cpu":
-        return CPU
-    if not gpu_is_there():
-        pytest.skip("no CUDA device")
-    return GPU
+    """Return where the arrays of a test live."""
+    return CPU if request.param == "cpu" else GPU
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from cumoe.cli.main import main
 from cumoe.cli.progress import say, with_progress
 
 TINY = Shape(64, 48, 8, 2, 1, 48, "input", "sigmoid")
+HOST_TITLES = ["first", "call", "out=", "residual", "replay", "moe()"]
 ROOFS = Roofs(product=800e12, copy=4e12, read=4e12)
 TINY_SHAPES = {
     "input": TINY,
@@ -509,3 +510,19 @@ def test_baselines_compute_the_same_on_the_gpu(name, dtype):
             y = y.float().cpu().numpy() if replay == "torch graph" else cupy.asnumpy(y)
             assert difference(y, expected) < 2e-2, baseline
             assert 0 < timed.us(run, replay) < 1e4
+
+
+@pytest.mark.gpu
+def test_host_times_on_the_gpu(monkeypatch, capsys):
+    """A line a batch; a replay is the least, and every later call less than the first."""
+    if not gpu_is_there():
+        pytest.skip("no CUDA device")
+    monkeypatch.setitem(SHAPES, "tiny", TINY)
+    assert main(["bench", "--host", "--layers", "tiny", "--tokens", "1", "300"]) == 0
+    device, layers, header, *lines = capsys.readouterr().out.splitlines()
+    assert device.startswith("device") and layers.startswith("layers") and header.split()[2:] == HOST_TITLES
+    assert [line.split()[:2] for line in lines] == [["tiny", "1"], ["tiny", "300"]]
+    for line in lines:
+        first, call, into_out, residual, replay, function = map(float, line.split()[2:])
+        assert 0 < replay < min(call, into_out, residual) and max(call, into_out, residual) < min(first, function)
+        assert call < 100  # 40 are wanted; a machine may be busy

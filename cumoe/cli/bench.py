@@ -17,6 +17,8 @@ from cumoe.bench.roofs import PRODUCT_SIZE, Roofs, measure_roofs
 from cumoe.bench.shapes import SHAPES
 from cumoe.bench.timer import REPEATS, Timer, free_pool
 from cumoe.cli.files import DTYPES
+from cumoe.cli.host import HEADER as HOST_HEADER
+from cumoe.cli.host import host_lines
 from cumoe.cli.machine import choose_machine
 from cumoe.cli.progress import say, with_progress
 from cumoe.cli.refusal import Refusal
@@ -47,6 +49,8 @@ def bench(options: Namespace) -> int:
     machine, trouble = choose_machine("auto")
     if trouble:
         raise Refusal(f"{trouble}; python -m cumoe doctor tells what is missing")
+    if options.host:
+        return _bench_host(options, machine.name)
     with ExitStack() as stack:
         file = None
         if options.csv is not None:
@@ -64,6 +68,20 @@ def bench(options: Namespace) -> int:
             say(found.line())
             if file is not None:
                 csv.writer(file).writerow([*found.row(), *around.values()])
+    return 0
+
+
+def _bench_host(options: Namespace, device: str) -> int:
+    """Print what calls cost the host, a line a layer and number of tokens; return 0."""
+    print_pair("device", device)
+    print_pair("layers", f"{options.dtype}; us of host time, medians")
+    print(HOST_HEADER, flush=True)
+    for name in options.layers:
+        weights = _weights(name, DTYPES[options.dtype])
+        if weights is not None:
+            for line in host_lines(name, SHAPES[name], weights.experts, weights.shared, tuple(options.tokens)):
+                print(line, flush=True)
+            del weights  # they are gone before the next layer's are drawn
     return 0
 
 

@@ -8,20 +8,13 @@ from cumoe.data.groups import Groups
 from cumoe.data.routing import Routing
 from cumoe.data.weights import ExpertWeights, SharedExperts
 from cumoe.door.arrays import cupy
-from cumoe.gpu.compile import has_wgmma, launch
+from cumoe.gpu.compile import has_wgmma
 from cumoe.gpu.config import SMALLEST_WGMMA_TILE, max_row_blocks
+from cumoe.gpu.gate import shared_gate
 from cumoe.gpu.grouped_gemm import run, run_both
-from cumoe.gpu.stacks import ExpertStack, strides, weight_order
-from cumoe.gpu.structs import Struct
+from cumoe.gpu.stacks import ExpertStack, weight_order
 
 Buffers = dict[str, tuple[tuple[int, ...], np.dtype]]
-
-GATE_LAUNCH = Struct(
-    pointer=("x", "gate", "gates"),
-    int64=("x_row_stride", "x_col_stride", "gate_stride"),
-    int32=("num_tokens", "hidden_size"),
-)
-GATE_WARPS = 8
 
 COUNTERS_BEGIN = 32
 """Where the counters of row blocks begin in "progress": see Progress in kernels/tiles_sm90.cuh."""
@@ -113,7 +106,7 @@ def forward(
             gates = None
             if member.gate is not None:
                 gates = out["shared_gates"][s]
-                _gate(x, member.gate[i], gates)
+                shared_gate(x, member.gate[i], gates)
             first.append(_gate_up(x, own, hidden, num_rows=num_tokens))
             second.append(_down(hidden, own, out["shared_rows"][s], num_rows=num_tokens, scale_out=gates))
             s += 1
@@ -141,10 +134,9 @@ def grouped_gemm(
     return c
 
 
-def router_logits(x: Any, router_weight: Any, router_bias: Any, logits: Any) -> None:
-    """Write ``x @ router_weight^T + router_bias`` into the float32 array `logits`; nothing is rounded to 16 bits."""
-    bias = None if router_bias is None else router_bias[None]
-    run([ExpertStack(x, router_weight[None], logits, x.shape[0], bias=bias)])
+def project(x: Any, w: Any, bias: Any, out: Any) -> None:
+    """Write ``x @ w^T + bias`` into `out`; a float32 `out` is never rounded to 16 bits."""
+    run([ExpertStack(x, w[None], out, x.shape[0], bias=None if bias is None else bias[None])])
 
 
 def run_as(stack: ExpertStack, dtype: np.dtype) -> None:
@@ -171,21 +163,3 @@ def _gate_up(x: Any, weights: ExpertWeights, hidden: Any, **rows: Any) -> Expert
 
 def _down(hidden: Any, weights: ExpertWeights, rows_out: Any, **rows: Any) -> ExpertStack:
     return ExpertStack(hidden, weights.w_down, rows_out, bias=weights.b_down, **rows)
-
-
-def _gate(x: Any, gate: Any, gates: Any) -> None:
-    num_tokens, hidden_size = x.shape
-    if num_tokens == 0:
-        return
-    row_stride, col_stride = strides(x)
-    argument = GATE_LAUNCH(
-        x=x,
-        gate=gate,
-        gates=gates,
-        x_row_stride=row_stride,
-        x_col_stride=col_stride,
-        gate_stride=strides(gate)[0],
-        num_tokens=num_tokens,
-        hidden_size=hidden_size,
-    )
-    launch(f"shared_gate_{x.dtype.name}", -(-num_tokens // GATE_WARPS), GATE_WARPS * 32, argument)

@@ -1,4 +1,4 @@
-"""Launching kernels/group.cu."""
+"""Launching kernels/group.cu: the slots of all tokens sorted by expert."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import numpy as np
 from cumoe.data.groups import Groups
 from cumoe.door.arrays import cupy
 from cumoe.gpu.compile import launch, max_shared_bytes
-from cumoe.gpu.structs import Struct
+from cumoe.gpu.structs import Packed, Struct
 
 WARPS = 32
 FEW_WARPS, FEW_SLOTS = 8, 1024
@@ -72,19 +72,33 @@ def group(ids: Any, num_experts: int, out: dict[str, Any] | None = None) -> Grou
         return groups
     blocks = num_blocks(num_slots)
     warps = num_warps(num_slots, num_experts, max_shared_bytes(cupy.cuda.runtime.getDevice()))
-    few = "_few" if warps == FEW_WARPS else ""
     threads = warps * 32
-    argument = LAUNCH(
+    packed = pack(ids, num_experts, out, slots_per_block=-(-num_slots // (blocks * threads)) * threads)
+    if blocks > 1:
+        _launch("group_count", blocks, warps, packed, num_experts)
+    _launch("group_place", blocks, warps, packed, num_experts)
+    return groups
+
+
+def place(packed: Packed, blocks: int, warps: int, num_experts: int) -> None:
+    """Launch what follows once every block of the same number has published its counts."""
+    _launch("group_place", blocks, warps, packed, num_experts)
+
+
+def pack(ids: Any, num_experts: int, out: dict[str, Any], slots_per_block: int) -> Packed:
+    """Return the struct of kernels/group.cuh."""
+    return LAUNCH(
         topk_ids=ids,
-        **groups._asdict(),
+        **{name: out[name] for name in Groups._fields},
         counts=out["counts"],
         progress=out.get("progress"),
-        num_slots=num_slots,
+        num_slots=ids.size,
         num_experts=num_experts,
-        slots_per_block=-(-num_slots // (blocks * threads)) * threads,
+        slots_per_block=slots_per_block,
         num_progress=out["progress"].size if "progress" in out else 0,
     )
-    if blocks > 1:
-        launch("group_count" + few, blocks, threads, argument, shared_bytes(warps, num_experts))
-    launch("group_place" + few, blocks, threads, argument, shared_bytes(warps, num_experts))
-    return groups
+
+
+def _launch(name: str, blocks: int, warps: int, packed: Packed, num_experts: int) -> None:
+    few = "_few" if warps == FEW_WARPS else ""
+    launch(name + few, blocks, warps * 32, packed, shared_bytes(warps, num_experts), overlap=True)

@@ -9,45 +9,69 @@ from cumoe.data.routing import SCORINGS, Router, Routing
 from cumoe.door.arrays import cupy
 from cumoe.gpu.compile import launch
 from cumoe.gpu.stacks import strides
-from cumoe.gpu.structs import Struct
+from cumoe.gpu.structs import Packed, Struct
 
 WARPS = 4
 
 LAUNCH = Struct(
     pointer=(
-        *("logits", "selection_bias", "expert_scale", "expert_table", "input_ids"),
+        *("logits", "router_bias", "selection_bias", "expert_scale", "expert_table", "input_ids"),
         *("topk_ids", "topk_weights"),
     ),
-    int64=("row_stride", "col_stride"),
+    int64=("part_stride", "row_stride", "col_stride"),
     int32=(
-        *("num_tokens", "num_experts", "top_k", "scoring", "select_by"),
+        *("num_parts", "num_tokens", "num_experts", "top_k", "scoring", "select_by"),
         *("num_groups", "top_groups", "group_score", "renormalize", "epsilon_mode"),
     ),
     float32=("dropped_value", "epsilon", "scale", "softcap", "mixer_eps"),
-    int32_2=("words", "vocab_size", "padding"),
+    int32_2=("vocab_size", "words_per_warp"),
 )
 
 
 def route(logits: Any, router: Router, out: Routing | None = None, input_ids: Any = None) -> Routing:
     """Choose and weigh on the current stream; the formula is in `cumoe.Router`. `input_ids` are contiguous int32."""
     num_tokens, num_experts = logits.shape
-    shape = (num_tokens, router.top_k)
     if out is None:
+        shape = (num_tokens, router.top_k)
         out = Routing(cupy.empty(shape, np.int32), cupy.empty(shape, np.float32))
     if num_tokens == 0:
         return out
-    row_stride, col_stride = strides(logits)
-    words = max(router.top_k, router.num_groups)
-    argument = LAUNCH(
+    argument = pack(logits, router, out, input_ids)
+    shared_bytes = WARPS * 4 * words_per_warp(router, num_experts)
+    launch(f"route_{logits.dtype.name}", -(-num_tokens // WARPS), WARPS * 32, argument, shared_bytes, overlap=True)
+    return out
+
+
+def words_per_warp(router: Router, num_experts: int) -> int:
+    """Return the words of shared memory of a warp: choices, logits, and keys where something else ranks the experts."""
+    ranks_apart = router.selection_bias is not None or router.num_groups > 1
+    return max(router.top_k, router.num_groups) + num_experts * (2 if ranks_apart else 1)
+
+
+def pack(logits: Any, router: Router, out: Routing, input_ids: Any = None, router_bias: Any = None) -> Packed:
+    """Return the struct of kernels/route.cuh.
+
+    Parameters
+    ----------
+    logits : ([num_parts,] num_tokens, num_experts) CuPy array
+        Parts are added up, `router_bias` (float32) last.
+    """
+    num_parts, part_stride = (1, 0) if logits.ndim == 2 else (logits.shape[0], strides(logits)[0])
+    num_tokens, num_experts = logits.shape[-2:]
+    row_stride, col_stride = strides(logits)[-2:]
+    return LAUNCH(
         logits=logits,
+        router_bias=router_bias,
         selection_bias=router.selection_bias,
         expert_scale=router.expert_scale,
         expert_table=router.expert_table,
         input_ids=input_ids,
         topk_ids=out.topk_ids,
         topk_weights=out.topk_weights,
+        part_stride=part_stride,
         row_stride=row_stride,
         col_stride=col_stride,
+        num_parts=num_parts,
         num_tokens=num_tokens,
         num_experts=num_experts,
         top_k=router.top_k,
@@ -63,10 +87,6 @@ def route(logits: Any, router: Router, out: Routing | None = None, input_ids: An
         scale=router.scale,
         softcap=router.logit_softcap or 0.0,
         mixer_eps=router.mixer_eps,
-        words=words,
         vocab_size=0 if router.expert_table is None else router.expert_table.shape[0],
-        padding=0,
+        words_per_warp=words_per_warp(router, num_experts),
     )
-    shared_bytes = WARPS * (num_experts + words) * 4
-    launch(f"route_{logits.dtype.name}", -(-num_tokens // WARPS), WARPS * 32, argument, shared_bytes)
-    return out

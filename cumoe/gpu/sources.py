@@ -9,7 +9,9 @@ OPTIONS = ("--std=c++17",)
 UNITS = (
     "gate",
     "ends",
+    "router_gemm",
     "route",
+    "route_and_group",
     "group",
     "grouped_gemm_bfloat16",
     "grouped_gemm_float16",

@@ -9,7 +9,7 @@ from cumoe.data.activation import CLAMPS, NAMES, Activation
 from cumoe.data.weights import Layout
 from cumoe.gpu.compile import has_wgmma
 from cumoe.gpu.config import SMALLEST_WGMMA_TILE, StackSizes, max_tiles
-from cumoe.gpu.structs import Struct
+from cumoe.gpu.structs import Packed, Struct
 
 PAIRINGS = ("ungated", "stacked", "interleaved")
 
@@ -54,7 +54,7 @@ class ExpertStack:
         """
         order = weight_order(self.w, self.layout)
         stores_float32 = self.c.dtype == np.float32
-        if not (order and self.a.dtype == self.w.dtype and _rows_are_aligned(self.a)):
+        if not (order and self.a.dtype == self.w.dtype and rows_are_aligned(self.a)):
             return "simt", f"{self.a.dtype.name}_{self.w.dtype.name}", str(stores_float32)
         if not stores_float32 and self._suits_wgmma(order):
             return "wgmma", self.w.dtype.name, order
@@ -67,20 +67,25 @@ class ExpertStack:
         return (
             has_wgmma(self.w.device.id)
             and features % 8 == 0
-            and _rows_are_aligned(self.c)
+            and rows_are_aligned(self.c)
             and _tma_can_walk(self.w)
             and _tma_can_walk(self.a)
             and self.a.shape[0] * a_row < 2**35  # offsets of rows are uint32, in units of 16 bytes
             and max_tiles(SMALLEST_WGMMA_TILE, (self.sizes,)) < 2**26  # tile numbers of 16 stacks fit into int32
         )
 
-    def pack(self) -> bytes:
-        """Return the bytes of the C struct."""
+    @property
+    def gathers(self) -> bool:
+        """Whether the permutation names the rows of `a`; else they are neighbours."""
+        return self.slots_per_a_row > 0 and self.permutation is not None
+
+    def pack(self) -> Packed:
+        """Return the C struct."""
         a_row, a_col = strides(self.a)
         w_expert, w_row, w_col = strides(self.w)
         num_experts, weight_rows, inner = self.w.shape
         act = self.activation
-        return STACK.pack(
+        return STACK(
             a=self.a,
             w=self.w,
             bias=self.bias,
@@ -136,6 +141,7 @@ def _tma_can_walk(array: Any) -> bool:
     return all(stride >= (steps[0][1] if i else 1) for i, (stride, _) in enumerate(steps))
 
 
-def _rows_are_aligned(a: Any) -> bool:
+def rows_are_aligned(a: Any) -> bool:
+    """Whether the rows of a matrix of 16-bit numbers can be copied 16 bytes at a time."""
     row, col = strides(a)
     return a.data.ptr % 16 == 0 and col == 1 and row % 8 == 0

@@ -22,12 +22,11 @@ SHARED = "shared experts beside a latent: "
 def frame_buffers(
     num_tokens: int, top_k: int, hidden_size: int, experts: Experts, shared: tuple[SharedExperts, ...], frame: Frame
 ) -> Buffers:
-    """Return name, shape and dtype of all that a forward writes besides its output, on a GPU."""
+    """Return name, shape and dtype of all that a forward writes besides its output and its router's, on a GPU."""
     float32, dtype = np.dtype(np.float32), experts.dtype
     wide = ((num_tokens, hidden_size), float32)
     beside = shared if frame.latent is None else ()
-    wanted: Buffers = layer_buffers(num_tokens, top_k, experts.weights, beside, routed_here=True)
-    wanted["router_logits"] = ((num_tokens, experts.num_experts + frame.num_identity_experts), float32)
+    wanted: Buffers = layer_buffers(num_tokens, top_k, experts.weights, beside)
     if frame.input_norm is not None:
         wanted |= {"router_x": wide, "expert_x": ((num_tokens, hidden_size), dtype)}
     if frame.has_end:
@@ -66,24 +65,26 @@ def framed_forward(
     frame: Frame,
     y: Any,
     buffers: dict[str, Any],
+    groups: Groups | None = None,
+    residual: Any = None,
 ) -> None:
-    """Run the stages after routing on `x`, as the experts read it, into `y`."""
+    """Run the stages after routing on `x`, as the experts read it, into `y`; on a GPU `groups` are there already."""
     if not frame.has_end:
-        forward(x, routing, experts, shared, weight_on, y, buffers)
+        forward(x, routing, experts, shared, weight_on, y, buffers, groups, residual)
     elif isinstance(x, np.ndarray):
         total = np.empty(x.shape, np.float32)
         if frame.latent is None:
             forward(x, routing, experts, shared, weight_on, total, {})
         else:
             total = _latent_on_cpu(x, routing, experts, shared, weight_on, frame)
-        cpu_ends.finish(total, x, routing, experts.num_experts, frame, y)
+        cpu_ends.finish(total, x, routing, experts.num_experts, frame, y, residual)
     else:
         totals = buffers["totals"]
         if frame.latent is None:
-            forward(x, routing, experts, shared, weight_on, totals[0], buffers)
+            forward(x, routing, experts, shared, weight_on, totals[0], buffers, groups)
         else:
-            _latent_on_gpu(x, routing, experts, shared, weight_on, frame, buffers)
-        gpu_ends.finish(totals, x, routing, experts.num_experts, frame, y)
+            _latent_on_gpu(x, routing, experts, shared, weight_on, frame, buffers, groups)
+        gpu_ends.finish(totals, x, routing, experts.num_experts, frame, y, residual)
 
 
 def _latent_on_cpu(
@@ -108,13 +109,14 @@ def _latent_on_gpu(
     weight_on: str,
     frame: Frame,
     buffers: dict[str, Any],
+    groups: Groups | None,
 ) -> None:
     """Write the routed experts' part into totals[0] and that of each shared expert behind it."""
     latent, totals = frame.latent, buffers["totals"]
     assert latent is not None
-    gpu_experts.router_logits(x, latent.w_in, latent.b_in, buffers["latent_x"])
-    forward(buffers["latent_x"], routing, experts, (), weight_on, buffers["latent_y"], buffers)
-    gpu_experts.router_logits(buffers["latent_y"], latent.w_out, latent.b_out, totals[0])
+    gpu_experts.project(x, latent.w_in, latent.b_in, buffers["latent_x"])
+    forward(buffers["latent_x"], routing, experts, (), weight_on, buffers["latent_y"], buffers, groups)
+    gpu_experts.project(buffers["latent_y"], latent.w_out, latent.b_out, totals[0])
     if shared:  # they read x, not the latent tokens: a forward of their own, without a single routed slot
         apart = {name.removeprefix(SHARED): array for name, array in buffers.items() if name.startswith(SHARED)}
         apart["shared_rows"] = totals[1:]

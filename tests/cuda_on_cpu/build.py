@@ -13,6 +13,8 @@ UNITS = (
     "grouped_gemm_simt",
     "group",
     "route",
+    "route_and_group",
+    "router_gemm",
     "combine",
     "ends",
     "gate",

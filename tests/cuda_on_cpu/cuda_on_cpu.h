@@ -19,6 +19,7 @@
 #endif
 
 #define CUDA_ON_CPU_KERNEL(NAME, ARGUMENT, ...)                                                                   \
+  extern "C" const size_t argument_bytes_##NAME = sizeof(ARGUMENT);                                                \
   extern "C" const char* launch_##NAME(unsigned grid, unsigned block, size_t shared_bytes, const void* packed,     \
                                        size_t packed_bytes) {                                                      \
     constexpr unsigned max_block = cuda_on_cpu::first(__VA_ARGS__);                                                \
@@ -94,6 +95,35 @@ inline unsigned __ballot_sync(unsigned mask, bool value, CUDA_ON_CPU_SITE) {
   return cuda_on_cpu::lanes_that("__ballot_sync", mask, value, cuda_on_cpu::Set(), {file, line});
 }
 
+// Every lane receives the value that wins against all others.
+namespace cuda_on_cpu {
+template <typename Wins> unsigned reduce(const char* name, unsigned mask, unsigned value, Wins, Site site) {
+  unsigned own = value;
+  collective(name, mask, &own, [](void* const* lanes) {
+    unsigned best = 0;
+    bool any = false;
+    for (int l = 0; l < 32; ++l)
+      if (auto lane = static_cast<unsigned*>(lanes[l]))
+        if (!any || Wins()(*lane, best)) best = *lane, any = true;
+    for (int l = 0; l < 32; ++l)
+      if (auto lane = static_cast<unsigned*>(lanes[l])) *lane = best;
+  }, site);
+  return own;
+}
+struct Larger { bool operator()(unsigned a, unsigned b) const { return a > b; } };
+struct Smaller { bool operator()(unsigned a, unsigned b) const { return a < b; } };
+}  // namespace cuda_on_cpu
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value, CUDA_ON_CPU_SITE) {
+  return cuda_on_cpu::reduce("__reduce_max_sync", mask, value, cuda_on_cpu::Larger(), {file, line});
+}
+inline unsigned __reduce_min_sync(unsigned mask, unsigned value, CUDA_ON_CPU_SITE) {
+  return cuda_on_cpu::reduce("__reduce_min_sync", mask, value, cuda_on_cpu::Smaller(), {file, line});
+}
+
+// Threads run one at a time.
+inline int atomicAdd(int* address, int value) { int old = *address; *address += value; return old; }
+inline void __threadfence() {}
+
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline float __uint_as_float(unsigned bits) { float value; memcpy(&value, &bits, 4); return value; }
 inline unsigned __float_as_uint(float value) { unsigned bits; memcpy(&bits, &value, 4); return bits; }
@@ -103,6 +133,8 @@ inline float __fdividef(float a, float b) { return std::fabs(b) > 0x1p126f ? a *
 
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
+inline unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
+inline unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
 
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
