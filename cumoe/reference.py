@@ -142,6 +142,8 @@ def combine(
     topk_weights: np.ndarray | None = None,
     shared_rows: np.ndarray | None = None,
     dtype: Any = np.float64,
+    *,
+    residual: np.ndarray | None = None,
 ) -> np.ndarray:
     """Sum token by token; the definition is in `cumoe.combine`."""
     num_tokens, top_k = groups.inverse_permutation.shape
@@ -153,6 +155,8 @@ def combine(
                 y[t] += weight * rows[groups.inverse_permutation[t, j]].astype(dtype)
         for shared in shared_rows if shared_rows is not None else ():
             y[t] += shared[t].astype(dtype)
+        if residual is not None:
+            y[t] += residual[t].astype(dtype)
     return y
 
 
@@ -167,6 +171,7 @@ def moe(
     num_identity_experts: int = 0,
     output_bias: np.ndarray | None = None,
     output_norm: RMSNorm | None = None,
+    residual: np.ndarray | None = None,
     dtype: Any = np.float64,
 ) -> np.ndarray:
     """Compute the layer by its definition, token after token and slot after slot; see `cumoe.moe` and `cumoe.MoE`."""
@@ -191,7 +196,9 @@ def moe(
                     y[t] += gate * _expert(x[t], own, 0)
         if output_bias is not None:
             y += output_bias.astype(dtype)
-        return y if output_norm is None else over_rms(y, output_norm.eps) * output_norm.weight.astype(dtype)
+        if output_norm is not None:
+            y = over_rms(y, output_norm.eps) * output_norm.weight.astype(dtype)
+        return y if residual is None else y + residual.astype(dtype)
 
 
 def over_rms(x: np.ndarray, eps: float, dtype: Any = np.float64) -> np.ndarray:

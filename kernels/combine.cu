@@ -1,9 +1,11 @@
-// combine: y[t] = sum_j weight[t, j] * rows[inverse_permutation[t, j]] + sum_s shared_rows[s, t], rounded once
+// combine: y[t] = sum_j weight[t, j] * rows[inverse_permutation[t, j]] + sum_s shared_rows[s, t] + residual[t], rounded once
 //
 //   grid     blocks over (token, run of columns); a thread owns VECTOR neighbouring columns of one token
-//   order    slots 0 .. top_k - 1, then shared experts 0 .. num_shared - 1, in float32: the same bits on every run
-//   memory   AHEAD rows are asked for before the first is added, 16 bytes each
-//   edges    a slot without an expert (row -1) adds nothing; VECTOR = 1 serves widths and addresses that are odd
+//   order    slots 0 .. top_k - 1, then shared experts 0 .. num_shared - 1, then the residual, in float32: the same
+//            bits on every run
+//   memory   the residual and AHEAD rows are asked for before the first is added, 16 bytes each
+//   edges    a slot without an expert (row -1) adds nothing; VECTOR = 1 serves widths and addresses that are odd; y
+//            may be the residual: a thread reads its elements before it writes them
 #include "overlap.cuh"
 #include "types.cuh"
 
@@ -14,11 +16,12 @@ struct CombineLaunch {
   const int* inverse_permutation;  // (num_tokens, top_k)
   const float* topk_weights;       // (num_tokens, top_k), or null: the rows carry their weights
   const void* shared_rows;         // (num_shared, num_tokens, hidden_size)
+  const void* residual;            // (num_tokens, hidden_size) in the type of y, or null
   void* y;                         // (num_tokens, hidden_size)
   int64 num_tokens;
   int hidden_size, top_k, num_shared, padding;
 };
-static_assert(sizeof(CombineLaunch) == 64, "cumoe/gpu/combine.py packs 64 bytes");
+static_assert(sizeof(CombineLaunch) == 72, "cumoe/gpu/combine.py packs 72 bytes");
 
 constexpr int THREADS = 256, AHEAD = 4;
 
@@ -37,6 +40,8 @@ template <typename T, typename R, int VECTOR> __device__ __forceinline__ void co
     int64 token = i / columns;
     int64 column = i % columns * VECTOR;
     float sum[VECTOR] = {};
+    Pack<T, VECTOR> residual;
+    if (p.residual) residual = load<T, VECTOR>(p.residual, token * p.hidden_size + column);
     for (int first = 0; first < p.top_k; first += AHEAD) {
       Pack<R, VECTOR> values[AHEAD];
       float weights[AHEAD];
@@ -60,6 +65,10 @@ template <typename T, typename R, int VECTOR> __device__ __forceinline__ void co
       Pack<R, VECTOR> value = load<R, VECTOR>(p.shared_rows, (s * p.num_tokens + token) * p.hidden_size + column);
 #pragma unroll
       for (int v = 0; v < VECTOR; ++v) sum[v] += to_float(value.at[v]);
+    }
+    if (p.residual) {
+#pragma unroll
+      for (int v = 0; v < VECTOR; ++v) sum[v] += to_float(residual.at[v]);
     }
     Pack<T, VECTOR> out;
 #pragma unroll

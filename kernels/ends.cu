@@ -1,12 +1,13 @@
 // ends: what a few families have before and behind the experts
 //
 //   rms_norm   plain = x / rms(x) in float32 for the router, scaled = x / rms(x) * weight for the experts      Gemma-4
-//   finish     y = sum_s totals[s] + (weights of the identity experts) * x + bias, then / rms * norm, rounded once
+//   finish     y = sum_s totals[s] + (weights of the identity experts) * x + bias, then / rms * norm, + residual, rounded once
 //              identity experts: LongCat-Flash; bias: JetMoE; norm: A.X-K1; two totals: latent experts and shared ones
 //
 //   grid       one warp a token, 8 warps a block; float32 sums in a fixed order: the same bits on every run
-//   edges      a token without identity experts does not read x, which may hold NaN; y may be x: a lane reads its elements
-//              before it writes them
+//   edges      a token without identity experts does not read x, which may hold NaN; y may be x or the residual: a lane
+//              reads its elements before it writes them
+#include "overlap.cuh"
 #include "types.cuh"
 
 namespace ends {
@@ -30,6 +31,7 @@ struct FinishLaunch {
   const float* topk_weights;  // (num_tokens, top_k)
   const float* bias;          // (hidden_size) or null
   const float* norm;          // (hidden_size) or null
+  const void* residual;       // (num_tokens, hidden_size) in the type of y, or null
   void* y;                    // (num_tokens, hidden_size)
   int64 x_row_stride, x_col_stride;
   int num_totals, num_tokens, hidden_size, top_k;
@@ -37,7 +39,7 @@ struct FinishLaunch {
   float eps;                  // of the norm
   int padding;
 };
-static_assert(sizeof(FinishLaunch) == 104, "cumoe/gpu/ends.py packs 104 bytes");
+static_assert(sizeof(FinishLaunch) == 112, "cumoe/gpu/ends.py packs 112 bytes");
 
 constexpr int WARPS = 8;
 
@@ -46,6 +48,8 @@ __device__ __forceinline__ float inverse_rms(float sum_of_squares, int n, float 
 }
 
 template <typename T> __device__ __forceinline__ void rms_norm(const NormLaunch& p) {
+  wait_for_previous_kernel();
+  launch_next_kernel();
   int64 token = (int64)blockIdx.x * WARPS + threadIdx.x / WARP;
   int lane = threadIdx.x % WARP;
   if (token >= p.num_tokens) return;
@@ -64,6 +68,8 @@ template <typename T> __device__ __forceinline__ void rms_norm(const NormLaunch&
 }
 
 template <typename T> __device__ __forceinline__ void finish(const FinishLaunch& p) {
+  wait_for_previous_kernel();
+  launch_next_kernel();
   int64 token = (int64)blockIdx.x * WARPS + threadIdx.x / WARP;
   int lane = threadIdx.x % WARP;
   if (token >= p.num_tokens) return;
@@ -85,9 +91,14 @@ template <typename T> __device__ __forceinline__ void finish(const FinishLaunch&
     sums[d] = sum;
   }
   float factor = p.norm ? inverse_rms(squares, p.hidden_size, p.eps) : 1.0f;
+  const T* residual = p.residual ? static_cast<const T*>(p.residual) + token * p.hidden_size : nullptr;
   T* y = static_cast<T*>(p.y) + token * p.hidden_size;
 #pragma unroll 1
-  for (int d = lane; d < p.hidden_size; d += WARP) y[d] = from_float<T>(p.norm ? sums[d] * factor * p.norm[d] : sums[d]);
+  for (int d = lane; d < p.hidden_size; d += WARP) {
+    float value = p.norm ? sums[d] * factor * p.norm[d] : sums[d];
+    if (residual) value += to_float(residual[d]);
+    y[d] = from_float<T>(value);
+  }
 }
 
 }  // namespace ends

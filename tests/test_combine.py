@@ -53,14 +53,25 @@ def expected(problem, num_experts):
         }
     ),
     dtype=st.sampled_from(sorted(DTYPES)),
+    with_residual=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_combine_equals_its_definition(backend, options, dtype, seed):
-    """Any shape, with and without weights and shared rows, in any dtype; what has no expert is NaN and never read."""
-    problem = draw(np.random.default_rng(seed), **options)
-    y = run(backend, problem, options["num_experts"], dtype=DTYPES[dtype])
+def test_combine_equals_its_definition(backend, options, dtype, with_residual, seed):
+    """Any shape, with and without weights, shared rows and residual, in any dtype; rows without an expert are NaN."""
+    rng = np.random.default_rng(seed)
+    problem, residual = draw(rng, **options), None
+    if with_residual:
+        residual = rng.standard_normal((options["num_tokens"], options["hidden_size"])).astype(DTYPES[dtype])
+    num_experts = options["num_experts"]
+    y = run(backend, problem, num_experts, dtype=DTYPES[dtype], residual=backend.asarray(residual))
     assert y.dtype == DTYPES[dtype]
-    assert_close(y, expected(problem, options["num_experts"]), dtype)
+    rows, ids, topk_weights, shared_rows = problem
+    groups = cumoe.reference.group(ids, num_experts)
+    wanted = cumoe.reference.combine(rows, groups, topk_weights, shared_rows, residual=residual)
+    size = np.abs(cumoe.reference.combine(rows, groups, topk_weights, shared_rows)) + (
+        0 if residual is None else np.abs(residual.astype(np.float64))
+    )
+    assert_close(y - wanted + size, size, np.float32 if dtype == "float32" else dtype)  # a residual may cancel the sum
 
 
 @pytest.mark.parametrize("hidden_size", [1, 3, 4, 131])
@@ -94,6 +105,41 @@ def test_sums_are_float32_and_rounded_once(backend, dtype):
     for shared, total in ((None, 2050), (np.full((1, 1, 1), 7, np.float32), 2057)):
         y = run(backend, (rows, ids, None, shared), 3, dtype=DTYPES[dtype])
         assert y == DTYPES[dtype].type(total)
+    # The sum alone would be rounded to 2048 in both, and the residual be lost or be all that is left.
+    for residual, total in ((3, 2053), (-2048, 2)):
+        added = backend.asarray(np.full((1, 1), residual, DTYPES[dtype]))
+        y = run(backend, (rows, ids, None, None), 3, dtype=DTYPES[dtype], residual=added)
+        assert y == DTYPES[dtype].type(total)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden_size", [8, 9])
+def test_the_result_may_be_written_over_the_residual(backend, dtype, hidden_size):
+    """And the residual may have any strides; a result over a part of it is refused on a GPU and right on the CPU."""
+    problem = draw(
+        np.random.default_rng(5), num_tokens=6, top_k=2, num_experts=3, hidden_size=hidden_size, num_shared=1
+    )
+    rows, ids, _, shared_rows = map(backend.asarray, problem)
+    groups = cumoe.group(ids, 3)
+    wide = np.random.default_rng(6).standard_normal((20, hidden_size)).astype(DTYPES[dtype])
+    device = backend.asarray(wide)
+    options = {"dtype": DTYPES[dtype]}
+    wanted = backend.asnumpy(cumoe.combine(rows, groups, None, shared_rows, residual=device[:6], **options))
+    strided = backend.asarray(np.repeat(wide[:6], 2, axis=0))[::2]
+    y = cumoe.combine(rows, groups, None, shared_rows, residual=strided, **options)
+    assert backend.asnumpy(y).tobytes() == wanted.tobytes()
+    if backend.name == "gpu":
+        with pytest.raises(
+            ValueError, match=r"^out: expected residual itself or memory apart from it, got an array that"
+        ):
+            cumoe.combine(rows, groups, None, shared_rows, residual=device[:6], out=device[1:7], **options)
+    else:
+        shifted = device.copy()
+        cumoe.combine(rows, groups, None, shared_rows, residual=shifted[:6], out=shifted[1:7], **options)
+        assert shifted[1:7].tobytes() == wanted.tobytes()
+    out = device[:6]
+    assert cumoe.combine(rows, groups, None, shared_rows, residual=out, out=out, **options) is out
+    assert backend.asnumpy(out).tobytes() == wanted.tobytes()
 
 
 def test_out_is_written_and_returned(backend):

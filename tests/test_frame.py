@@ -94,7 +94,11 @@ def test_a_framed_layer_is_its_definition(backend, rng, names, shared_sizes, dty
     assert all((name in repr(moe)) == (name in names) for name in PARTS)
     y = backend.asnumpy(moe(backend.asarray(layer.x)))
     assert y.dtype == dtype
-    assert_close(y, by_definition(layer, parts, weight, layer.x), dtype, "+".join(names))
+    wanted = by_definition(layer, parts, weight, layer.x)
+    assert_close(y, wanted, dtype, "+".join(names))
+    residual = rng.standard_normal(layer.x.shape).astype(dtype)
+    y = backend.asnumpy(moe(backend.asarray(layer.x), residual=backend.asarray(residual)))
+    assert_close(y, wanted + residual.astype(np.float64), dtype, "residual")
 
 
 @pytest.mark.parametrize("names", [("latent", "output_norm"), ("num_identity_experts",), ("input_norm",)], ids="+".join)

@@ -104,6 +104,21 @@ def test_out_may_be_given_and_may_be_x(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [1, 40])
+def test_a_residual_is_added_before_the_rounding(backend, dtype, num_tokens):
+    """By definition; x may be the residual, and the result may be written over it."""
+    layer = random_layer(np.random.default_rng(9), dtype, num_tokens=num_tokens, shared_sizes=(16,), biases=True)
+    x, routing, experts, shared = layer.build(backend)
+    residual = np.random.default_rng(10).standard_normal(layer.x.shape).astype(layer.x.dtype)
+    for added in (residual, layer.x):
+        device = x if added is layer.x else backend.asarray(added)
+        y = backend.asnumpy(cumoe.moe(x, routing, experts, shared, residual=device))
+        assert_close(y, layer.expected() + added.astype(np.float64), dtype)
+    assert cumoe.moe(x, routing, experts, shared, residual=x, out=x) is x
+    assert backend.asnumpy(x).tobytes() == y.tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_stays_with_the_rows_that_select_it(backend, dtype):
     """A NaN token spoils its own row; a NaN expert only the rows that selected it."""
     layer = random_layer(

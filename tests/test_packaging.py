@@ -1,5 +1,6 @@
 """What must agree between pyproject.toml, Python and the CUDA sources; no GPU needed."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -8,7 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cumoe.data.routing import GPU_MAX_EXPERTS
-from cumoe.gpu import combine, config, ends, experts, group, grouped_gemm, route, sources, stacks
+from cumoe.gpu import (
+    combine,
+    config,
+    ends,
+    gate,
+    group,
+    grouped_gemm,
+    route,
+    route_and_group,
+    router_gemm,
+    sources,
+    stacks,
+)
 from cumoe.gpu.compile import KERNEL_UNIT
 from cumoe.gpu.tensor_map import MAP_BYTES
 
@@ -26,9 +39,10 @@ LAUNCHES = {
     "CombineLaunch": combine.LAUNCH,
     "ExpertStack": stacks.STACK,
     "FinishLaunch": ends.FINISH_LAUNCH,
-    "GateLaunch": experts.GATE_LAUNCH,
+    "GateLaunch": gate.LAUNCH,
     "GroupLaunch": group.LAUNCH,
     "NormLaunch": ends.NORM_LAUNCH,
+    "RouterGemmLaunch": router_gemm.LAUNCH,
     "RouterLaunch": route.LAUNCH,
 }
 CODES = {"int64": "q", "int": "i", "float": "f"}
@@ -76,11 +90,58 @@ def test_struct_sizes_are_those_that_python_packs():
         for struct, size in re.findall(r"static_assert\(sizeof\((\w+)\) == ([^,]+),", text)
     }
     packed = {struct: twin.itemsize for struct, twin in LAUNCHES.items()}
-    portable = grouped_gemm.MAX_STACKS * stacks.STACK.itemsize + grouped_gemm.PORTABLE_TAIL.size
-    assert asserted == packed | {"GemmLaunch": portable, "WgmmaLaunch": grouped_gemm.WGMMA_BYTES}
+    portable = grouped_gemm.MAX_STACKS * stacks.STACK.itemsize + grouped_gemm.PORTABLE_TAIL.itemsize
+    both = route.LAUNCH.itemsize + group.LAUNCH.itemsize + route_and_group.TAIL.itemsize
+    others = {"GemmLaunch": portable, "WgmmaLaunch": grouped_gemm.WGMMA_BYTES, "RouteAndGroupLaunch": both}
+    assert asserted == packed | others
     both = 2 * grouped_gemm.MAX_STACKS * (3 * MAP_BYTES + stacks.STACK.itemsize)
-    assert both + grouped_gemm.WGMMA_TAIL.size <= grouped_gemm.WGMMA_BYTES
+    assert both + grouped_gemm.WGMMA_TAIL.itemsize <= grouped_gemm.WGMMA_BYTES
     assert f"MAX_STACKS = {grouped_gemm.MAX_STACKS};" in CUDA["stacks.cuh"]
+
+
+def overlapped():
+    """Return the beginnings of kernel names in the functions of the package that launch with ``overlap``."""
+    found = set()
+    for path in sorted((ROOT / "cumoe" / "gpu").glob("*.py")):
+        functions = [node for node in ast.parse(path.read_text("utf-8")).body if isinstance(node, ast.FunctionDef)]
+        calls = {
+            function: [node for node in ast.walk(function) if isinstance(node, ast.Call)] for function in functions
+        }
+        for function, own in calls.items():
+            named = [call for call in own if getattr(call.func, "id", "") == "launch"]
+            if not any(word.arg == "overlap" for call in named for word in call.keywords):
+                continue
+            callers = [call for others in calls.values() for call in others]
+            texts = [function] + [call for call in callers if getattr(call.func, "id", "") == function.name]
+            found |= {node.value for text in texts for node in ast.walk(text) if isinstance(node, ast.Constant)}
+    return {text for text in found if isinstance(text, str) and units_of(text)}
+
+
+def units_of(beginning):
+    """Return the units with kernels whose names begin so."""
+    if re.fullmatch(r"[a-z]\w+", beginning) is None:
+        return set()
+    return {
+        unit for prefix, unit in KERNEL_UNIT.items() if beginning.startswith(prefix) or prefix.startswith(beginning)
+    }
+
+
+def test_a_kernel_that_may_begin_early_waits():
+    """Its results would be read, or its operands written, before the previous kernel has ended."""
+    beginnings = overlapped()
+    assert {"combine_", "ends_finish_", "ends_rms_norm_", "shared_gate_", "grouped_gemm_wgmma_"} <= beginnings
+    assert {"route_and_group_", "router_gemm_", "group_place"} <= beginnings
+    for beginning in beginnings:
+        for unit in units_of(beginning):
+            assert "wait_for_previous_kernel();" in sources.unit_source(unit), (beginning, unit)
+    for unit in ("ends", "gate", "combine"):  # the first word of each kernel
+        bodies = re.findall(
+            r"__device__ __forceinline__ void \w+\(const \w+Launch& p\) {\n(.*?)^}", CUDA[f"{unit}.cu"], re.M | re.S
+        )
+        assert bodies
+        for body in bodies:
+            lines = [line.strip() for line in body.splitlines() if not line.lstrip().startswith("__shared__")]
+            assert lines[0] == "wait_for_previous_kernel();", body
 
 
 @pytest.mark.parametrize("struct", LAUNCHES)

@@ -12,8 +12,9 @@ def combine(
     topk_weights: np.ndarray | None,
     shared_rows: Iterable[np.ndarray] | None,
     out: np.ndarray,
+    residual: np.ndarray | None = None,
 ) -> None:
-    """Write ``sum_j weight_j * rows[inverse_permutation[:, j]] + sum_s shared_rows[s]`` into `out`."""
+    """Write ``sum_j weight_j * rows[inverse_permutation[:, j]] + sum_s shared_rows[s] + residual`` into `out`."""
     total = np.zeros(out.shape, np.float32)
     for j in range(inverse_permutation.shape[1]):
         sorted_rows = inverse_permutation[:, j]
@@ -22,4 +23,6 @@ def combine(
         total[tokens] += picked if topk_weights is None else topk_weights[tokens, j, None] * picked
     for shared in shared_rows if shared_rows is not None else ():
         total += shared
+    if residual is not None:
+        total += residual.astype(np.float32, copy=False)
     out[...] = total.astype(out.dtype)

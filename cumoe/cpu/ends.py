@@ -14,8 +14,16 @@ def over_rms(x: np.ndarray, eps: float) -> np.ndarray:
 
 
 @np.errstate(over="ignore", invalid="ignore")
-def finish(total: np.ndarray, x: np.ndarray, routing: Routing, num_experts: int, frame: Frame, y: np.ndarray) -> None:
-    """Add what the frame adds to the float32 sum of the experts, into `y`."""
+def finish(
+    total: np.ndarray,
+    x: np.ndarray,
+    routing: Routing,
+    num_experts: int,
+    frame: Frame,
+    y: np.ndarray,
+    residual: np.ndarray | None = None,
+) -> None:
+    """Add what the frame adds to the float32 sum of the experts, and the residual, into `y`."""
     if frame.num_identity_experts:
         weights = np.where(routing.topk_ids >= num_experts, routing.topk_weights, np.float32(0)).sum(axis=1)
         rows = np.flatnonzero(weights)  # others must not be multiplied by 0: they may hold NaN
@@ -24,4 +32,6 @@ def finish(total: np.ndarray, x: np.ndarray, routing: Routing, num_experts: int,
         total += frame.output_bias
     if frame.output_norm is not None:
         total = over_rms(total, frame.output_norm.eps) * frame.output_norm.weight
+    if residual is not None:
+        total += residual.astype(np.float32, copy=False)
     y[...] = total.astype(y.dtype)

@@ -1,4 +1,4 @@
-"""Where a result goes: a new array, or the caller's."""
+"""Where a result goes: a new array, or the caller's; and what is added to it on the way."""
 
 import math
 from typing import Any
@@ -28,12 +28,34 @@ def output(
         raise ValueError(refuse("out", "a writable array", "a read-only one"))
     if not kind.on_gpu and _repeats(y):
         raise ValueError(refuse("out", "elements that share no memory", f"strides {y.strides}"))
-    if over is not None and (y.data.ptr, y.strides) != (over.data.ptr, over.strides):
+    if over is not None and overlap_partly(over, y):
         apart[owner] = over
     for name, array in apart.items() if kind.on_gpu else ():
         if array is not None and _overlap(y, array):
             raise ValueError(refuse("out", f"memory that {name} has no part in", "an overlapping array"))
     return y, out
+
+
+def admit_residual(residual: Any, y: Any, kind: Kind, owner: str) -> Any:
+    """View what is added to the result `y`; on a GPU as a C-contiguous array, a copy where it is none. None stays None.
+
+    Raises
+    ------
+    TypeError
+        If it is no array, not of the given kind (that of `owner`), or not of the dtype of `y`.
+    ValueError
+        If it has another shape than `y`, or lies partly where `y` lies on a GPU.
+    """
+    if residual is None:
+        return None
+    array = admit_like("residual", residual, kind, owner)
+    check_dtype("residual", array, (y.dtype,))
+    check_shape("residual", array, {"num_tokens": y.shape[0], "hidden_size": y.shape[1]})
+    if kind.on_gpu:
+        array = cupy.ascontiguousarray(array)
+        if overlap_partly(array, y):
+            raise ValueError(refuse("out", "residual itself or memory apart from it", "an overlapping array"))
+    return array
 
 
 def _is_writable(out: Any) -> bool:
@@ -51,11 +73,16 @@ def _repeats(y: np.ndarray) -> bool:
     return common > 0 and abs(b) // common < num_rows and abs(a) // common < num_columns
 
 
-def _overlap(y: Any, other: Any) -> bool:
+def overlap_partly(one: Any, other: Any) -> bool:
+    """Return whether two device arrays may share memory, but not element by element."""
+    return (one.data.ptr, one.strides) != (other.data.ptr, other.strides) and _overlap(one, other)
+
+
+def _overlap(one: Any, other: Any) -> bool:
     """Whether two device arrays may share memory."""
-    if y.size == 0 or other.size == 0:
+    if one.size == 0 or other.size == 0:
         return False
-    (low, high), (other_low, other_high) = _span(y), _span(other)
+    (low, high), (other_low, other_high) = _span(one), _span(other)
     return low < other_high and other_low < high
 
 

@@ -11,8 +11,10 @@ from typing import Any
 
 from cumoe.door.arrays import cupy
 from cumoe.door.checks import refuse
-from cumoe.gpu.driver import launch_overlapping
+from cumoe.gpu.driver import Launch
 from cumoe.gpu.sources import OPTIONS, UNITS, WGMMA_OPTIONS, WGMMA_UNITS, unit_source
+from cumoe.gpu.structs import Packed
+from cumoe.gpu.tape import current_tape
 
 log = logging.getLogger("cumoe")
 
@@ -176,22 +178,23 @@ def kernel(name: str) -> Any:
 _allowed: dict[tuple[str, int], int] = {}  # (kernel, device) -> dynamic shared memory it may use
 
 
-def launch(name: str, grid: int, block: int, argument: Any, shared_bytes: int = 0, *, overlap: bool = False) -> None:
+def launch(name: str, grid: int, block: int, argument: Packed, shared_bytes: int = 0, *, overlap: bool = False) -> None:
     """Launch a kernel with one by-value struct on the current stream of the current device.
 
-    `overlap` lets it begin before the previous kernel has ended, where the GPU can; it has to wait by itself then.
+    `overlap` lets it begin before the previous kernel has ended, where the GPU can; it has to wait by itself then. A
+    tape that records this thread keeps the launch.
     """
-    function = kernel(name)
+    function, device_id = kernel(name), cupy.cuda.runtime.getDevice()
     if shared_bytes > 48 * 1024:
-        key = (name, cupy.cuda.runtime.getDevice())
+        key = (name, device_id)
         if _allowed.get(key, 0) < shared_bytes:
             function.max_dynamic_shared_size_bytes = shared_bytes
             _allowed[key] = shared_bytes
-    if overlap and can_overlap(cupy.cuda.runtime.getDevice()):
-        stream = cupy.cuda.get_current_stream().ptr
-        launch_overlapping(function.kernel.ptr, grid, block, shared_bytes, stream, argument.ctypes.data)
-    else:
-        function((grid,), (block,), (argument,), shared_mem=shared_bytes)
+    stream, early = cupy.cuda.get_current_stream().ptr, overlap and can_overlap(device_id)
+    made = Launch(name, function.kernel.ptr, grid, block, shared_bytes, stream, argument.data, overlap=early)
+    made()
+    if (tape := current_tape()) is not None:
+        tape.add(made, argument.places)
 
 
 @cache

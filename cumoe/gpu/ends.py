@@ -18,7 +18,7 @@ NORM_LAUNCH = Struct(
     int32_2=("padding",),
 )
 FINISH_LAUNCH = Struct(
-    pointer=("totals", "x", "topk_ids", "topk_weights", "bias", "norm", "y"),
+    pointer=("totals", "x", "topk_ids", "topk_weights", "bias", "norm", "residual", "y"),
     int64=("x_row_stride", "x_col_stride"),
     int32=("num_totals", "num_tokens", "hidden_size", "top_k", "num_experts", "num_identity_experts"),
     float32=("eps",),
@@ -44,11 +44,11 @@ def rms_norm(x: Any, norm: RMSNorm, plain: Any, scaled: Any) -> None:
         eps=norm.eps,
         padding=0,
     )
-    launch(f"ends_rms_norm_{x.dtype.name}", -(-num_tokens // WARPS), WARPS * 32, argument)
+    launch(f"ends_rms_norm_{x.dtype.name}", -(-num_tokens // WARPS), WARPS * 32, argument, overlap=True)
 
 
-def finish(totals: Any, x: Any, routing: Routing, num_experts: int, frame: Frame, y: Any) -> None:
-    """Add up the float32 `totals` (n, num_tokens, hidden_size) and what the frame adds, into `y`."""
+def finish(totals: Any, x: Any, routing: Routing, num_experts: int, frame: Frame, y: Any, residual: Any = None) -> None:
+    """Add up the float32 `totals` (n, num_tokens, hidden_size), what the frame adds and the residual, into `y`."""
     num_tokens, hidden_size = y.shape
     if num_tokens == 0:
         return
@@ -61,6 +61,7 @@ def finish(totals: Any, x: Any, routing: Routing, num_experts: int, frame: Frame
         topk_weights=routing.topk_weights,
         bias=frame.output_bias,
         norm=None if norm is None else norm.weight,
+        residual=residual,
         y=y,
         x_row_stride=row_stride,
         x_col_stride=col_stride,
@@ -73,4 +74,4 @@ def finish(totals: Any, x: Any, routing: Routing, num_experts: int, frame: Frame
         eps=0.0 if norm is None else norm.eps,
         padding=0,
     )
-    launch(f"ends_finish_{y.dtype.name}", -(-num_tokens // WARPS), WARPS * 32, argument)
+    launch(f"ends_finish_{y.dtype.name}", -(-num_tokens // WARPS), WARPS * 32, argument, overlap=True)

@@ -7,7 +7,7 @@ import numpy as np
 from cumoe.data.groups import Groups
 from cumoe.door.arrays import cupy
 from cumoe.gpu.compile import launch, max_shared_bytes
-from cumoe.gpu.structs import Struct, by_value
+from cumoe.gpu.structs import Packed, Struct
 
 WARPS = 32
 FEW_WARPS, FEW_SLOTS = 8, 1024
@@ -82,14 +82,14 @@ def group(ids: Any, num_experts: int, out: dict[str, Any] | None = None) -> Grou
     return groups
 
 
-def place(packed: bytes, blocks: int, warps: int, num_experts: int) -> None:
+def place(packed: Packed, blocks: int, warps: int, num_experts: int) -> None:
     """Launch what follows once every block of the same number has published its counts."""
     _launch("group_place", blocks, warps, packed, num_experts)
 
 
-def pack(ids: Any, num_experts: int, out: dict[str, Any], slots_per_block: int) -> bytes:
-    """Return the bytes of the struct of kernels/group.cuh."""
-    return LAUNCH.pack(
+def pack(ids: Any, num_experts: int, out: dict[str, Any], slots_per_block: int) -> Packed:
+    """Return the struct of kernels/group.cuh."""
+    return LAUNCH(
         topk_ids=ids,
         **{name: out[name] for name in Groups._fields},
         counts=out["counts"],
@@ -101,6 +101,6 @@ def pack(ids: Any, num_experts: int, out: dict[str, Any], slots_per_block: int) 
     )
 
 
-def _launch(name: str, blocks: int, warps: int, packed: bytes, num_experts: int) -> None:
+def _launch(name: str, blocks: int, warps: int, packed: Packed, num_experts: int) -> None:
     few = "_few" if warps == FEW_WARPS else ""
-    launch(name + few, blocks, warps * 32, by_value(packed), shared_bytes(warps, num_experts), overlap=True)
+    launch(name + few, blocks, warps * 32, packed, shared_bytes(warps, num_experts), overlap=True)

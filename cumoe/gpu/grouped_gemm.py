@@ -1,6 +1,5 @@
 """Launching kernels/grouped_gemm_*: the products of expert stacks, one projection or both in one launch."""
 
-import struct
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,15 +9,15 @@ from cumoe.door.arrays import cupy
 from cumoe.gpu.compile import launch, num_multiprocessors
 from cumoe.gpu.config import TileConfig, grid_size, max_tiles, select_config, spread
 from cumoe.gpu.stacks import STACK, ExpertStack, strides
-from cumoe.gpu.structs import by_value
+from cumoe.gpu.structs import Packed, Struct, joined
 from cumoe.gpu.tensor_map import MAP_BYTES, row_map, weight_map
 
 MAX_STACKS = 8
 """Of one product in a launch; the number is that of kernels/stacks.cuh."""
 
-PORTABLE_TAIL = struct.Struct("=2i")  # num_stacks, c_is_float32
-WGMMA_TAIL = struct.Struct("=Q4i")  # progress, num_stacks, num_products, num_stages, weave
-WGMMA_BYTES = -(-(2 * MAX_STACKS * (3 * MAP_BYTES + STACK.itemsize) + WGMMA_TAIL.size) // 64) * 64
+PORTABLE_TAIL = Struct(int32=("num_stacks", "c_is_float32"))
+WGMMA_TAIL = Struct(pointer=("progress",), int32=("num_stacks", "num_products", "num_stages", "weave"))
+WGMMA_BYTES = -(-(2 * MAX_STACKS * (3 * MAP_BYTES + STACK.itemsize) + WGMMA_TAIL.itemsize) // 64) * 64
 
 
 def run_both(first: Iterable[ExpertStack], second: Iterable[ExpertStack], progress: Any) -> None:
@@ -35,7 +34,7 @@ def run_both(first: Iterable[ExpertStack], second: Iterable[ExpertStack], progre
     first, second = ([stack for stack in stacks if stack.num_rows > 0] for stacks in (first, second))
     kernels = {stack.kernel for stack in (*first, *second)}
     if len(kernels) == 1 and len(first) <= MAX_STACKS and (kernel := kernels.pop())[0] == "wgmma":
-        _launch_wgmma(kernel, (first, second), progress.data.ptr)
+        _launch_wgmma(kernel, (first, second), progress)
     else:
         run(first)
         run(second)
@@ -63,12 +62,13 @@ def _launch_portable(kernel: tuple[str, ...], stacks: Sequence[ExpertStack]) -> 
     name = f"grouped_gemm_{engine}_{variant[0]}"
     if engine == "mma":
         name += f"_{config.block_m}_{variant[1]}"
-    packed = _pack(stacks, MAX_STACKS) + PORTABLE_TAIL.pack(len(stacks), stacks[0].c.dtype == np.float32)
+    tail = PORTABLE_TAIL(num_stacks=len(stacks), c_is_float32=stacks[0].c.dtype == np.float32)
+    packed = joined((_pack(stacks, MAX_STACKS), tail))
     grid = grid_size(config, max_tiles(config, sizes), _num_sms())
-    launch(name, grid, config.threads, by_value(packed), config.shared_bytes(sum(size.num_experts for size in sizes)))
+    launch(name, grid, config.threads, packed, config.shared_bytes(sum(size.num_experts for size in sizes)))
 
 
-def _launch_wgmma(kernel: tuple[str, ...], products: Sequence[Sequence[ExpertStack]], progress: int = 0) -> None:
+def _launch_wgmma(kernel: tuple[str, ...], products: Sequence[Sequence[ExpertStack]], progress: Any = None) -> None:
     _, dtype, order = kernel
     sizes = [tuple(stack.sizes for stack in stacks) for stacks in products]
     num_sms = _num_sms()
@@ -76,14 +76,20 @@ def _launch_wgmma(kernel: tuple[str, ...], products: Sequence[Sequence[ExpertSta
     tiles = sum(max_tiles(config, some) for some in sizes)
     # Shared experts come first: the routed ones' smaller pieces even out the end.
     ordered = [stack for first, *others in products for stack in (*others, first)]
-    packed = _maps(ordered, order, config) + _pack(ordered, 2 * MAX_STACKS)
-    packed += WGMMA_TAIL.pack(progress, len(products[0]), len(products), config.stages, config.pairs == "woven")
+    tail = WGMMA_TAIL(
+        progress=progress,
+        num_stacks=len(products[0]),
+        num_products=len(products),
+        num_stages=config.stages,
+        weave=config.pairs == "woven",
+    )
+    packed = joined((_maps(ordered, order, config), _pack(ordered, 2 * MAX_STACKS), tail))
     grid = grid_size(config, tiles, num_sms)
     launch(
         f"grouped_gemm_wgmma_{dtype}_{order}_{config.block_m}x{config.weight_rows}",
         grid,
         config.threads,
-        by_value(packed.ljust(WGMMA_BYTES, b"\0")),
+        packed.padded(WGMMA_BYTES),
         config.shared_bytes(sum(size.num_experts for size in sizes[0])),
         # A small grid waits for the end of the previous kernel: it would crowd on the first SMs that fall free, and two
         # share a path to memory; else it spreads over all pairs.
@@ -91,15 +97,22 @@ def _launch_wgmma(kernel: tuple[str, ...], products: Sequence[Sequence[ExpertSta
     )
 
 
-def _maps(stacks: Sequence[ExpertStack], order: str, config: TileConfig) -> bytes:
-    maps = [weight_map(stack.w, strides(stack.w), stack.layout, order, config) for stack in stacks]
-    rows = [row_map(stack.a, strides(stack.a), box) for stack in stacks for box in (64, config.box_rows)]
+def _maps(stacks: Sequence[ExpertStack], order: str, config: TileConfig) -> Packed:
+    weights = [Packed(weight_map(stack.w, strides(stack.w), stack.layout, order, config)) for stack in stacks]
+    rows = [_row_maps(stack, config) for stack in stacks]
     room = 2 * MAX_STACKS * MAP_BYTES
-    return b"".join(maps).ljust(room, b"\0") + b"".join(rows).ljust(2 * room, b"\0")
+    return joined((joined(weights).padded(room), joined(rows).padded(2 * room)))
 
 
-def _pack(stacks: Sequence[ExpertStack], room: int) -> bytes:
-    return b"".join(stack.pack() for stack in stacks).ljust(STACK.itemsize * room, b"\0")
+def _row_maps(stack: ExpertStack, config: TileConfig) -> Packed:
+    """Return the maps of the rows in large and small boxes; where the permutation names the rows nobody reads them."""
+    if stack.gathers:
+        return Packed(b"").padded(2 * MAP_BYTES)
+    return joined(row_map(stack.a, strides(stack.a), box) for box in (64, config.box_rows))
+
+
+def _pack(stacks: Sequence[ExpertStack], room: int) -> Packed:
+    return joined(stack.pack() for stack in stacks).padded(STACK.itemsize * room)
 
 
 def _num_sms() -> int:

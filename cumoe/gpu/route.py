@@ -9,7 +9,7 @@ from cumoe.data.routing import SCORINGS, Router, Routing
 from cumoe.door.arrays import cupy
 from cumoe.gpu.compile import launch
 from cumoe.gpu.stacks import strides
-from cumoe.gpu.structs import Struct, by_value
+from cumoe.gpu.structs import Packed, Struct
 
 WARPS = 4
 LOGITS_TYPES = ("float32", "bfloat16", "float16")
@@ -37,7 +37,7 @@ def route(logits: Any, router: Router, out: Routing | None = None, input_ids: An
         out = Routing(cupy.empty(shape, np.int32), cupy.empty(shape, np.float32))
     if num_tokens == 0:
         return out
-    argument = by_value(pack(logits, router, out, input_ids))
+    argument = pack(logits, router, out, input_ids)
     shared_bytes = WARPS * 4 * words_per_warp(router, num_experts)
     launch(
         f"route_{keys_of_lane(num_experts)}", -(-num_tokens // WARPS), WARPS * 32, argument, shared_bytes, overlap=True
@@ -56,8 +56,8 @@ def words_per_warp(router: Router, num_experts: int) -> int:
     return max(router.top_k, router.num_groups) + num_experts * (2 if ranks_apart else 1)
 
 
-def pack(logits: Any, router: Router, out: Routing, input_ids: Any = None, router_bias: Any = None) -> bytes:
-    """Return the bytes of the struct of kernels/route.cuh.
+def pack(logits: Any, router: Router, out: Routing, input_ids: Any = None, router_bias: Any = None) -> Packed:
+    """Return the struct of kernels/route.cuh.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ def pack(logits: Any, router: Router, out: Routing, input_ids: Any = None, route
     num_parts, part_stride = (1, 0) if logits.ndim == 2 else (logits.shape[0], strides(logits)[0])
     num_tokens, num_experts = logits.shape[-2:]
     row_stride, col_stride = strides(logits)[-2:]
-    return LAUNCH.pack(
+    return LAUNCH(
         logits=logits,
         router_bias=router_bias,
         selection_bias=router.selection_bias,

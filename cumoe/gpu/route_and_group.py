@@ -1,6 +1,5 @@
 """Launching kernels/route_and_group.cu: choose, weigh and sort in one launch up to 4096 slots, in two above."""
 
-import struct
 from typing import Any, NamedTuple
 
 from cumoe.data.groups import Groups
@@ -8,11 +7,11 @@ from cumoe.data.routing import Router, Routing
 from cumoe.door.arrays import cupy
 from cumoe.gpu import group, route
 from cumoe.gpu.compile import launch, max_shared_bytes
-from cumoe.gpu.structs import by_value
+from cumoe.gpu.structs import Struct, joined
 
 PLACE, PUBLISH = 0, 1
 
-TAIL = struct.Struct("=Q2i")  # blocks_done, tokens_per_block, then
+TAIL = Struct(pointer=("blocks_done",), int32=("tokens_per_block", "then"))
 
 
 class Split(NamedTuple):
@@ -88,11 +87,11 @@ def route_and_group(
     how = split(num_tokens, top_k, words, num_experts, max_bytes, alone=blocks_done is not None)
     slots_per_block = (num_tokens if how.then == PLACE else how.tokens_per_block) * top_k
     grouping = group.pack(routing.topk_ids, num_experts, out, slots_per_block)
-    packed = route.pack(logits, router, routing, input_ids, router_bias) + grouping
-    packed += TAIL.pack(0 if blocks_done is None else blocks_done.data.ptr, how.tokens_per_block, how.then)
+    routed = route.pack(logits, router, routing, input_ids, router_bias)
+    tail = TAIL(blocks_done=blocks_done, tokens_per_block=how.tokens_per_block, then=how.then)
     name = f"route_and_group_{route.keys_of_lane(logits.shape[-1])}" + ("_few" if how.warps == group.FEW_WARPS else "")
     size = how.shared_bytes(words, num_experts)
-    launch(name, how.blocks, how.warps * 32, by_value(packed), size, overlap=True)
+    launch(name, how.blocks, how.warps * 32, joined((routed, grouping, tail)), size, overlap=True)
     if how.then == PUBLISH:
         group.place(grouping, how.blocks, how.warps, num_experts)
     return routing, groups

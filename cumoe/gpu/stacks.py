@@ -9,7 +9,7 @@ from cumoe.data.activation import CLAMPS, NAMES, Activation
 from cumoe.data.weights import Layout
 from cumoe.gpu.compile import has_wgmma
 from cumoe.gpu.config import SMALLEST_WGMMA_TILE, StackSizes, max_tiles
-from cumoe.gpu.structs import Struct
+from cumoe.gpu.structs import Packed, Struct
 
 PAIRINGS = ("ungated", "stacked", "interleaved")
 
@@ -74,13 +74,18 @@ class ExpertStack:
             and max_tiles(SMALLEST_WGMMA_TILE, (self.sizes,)) < 2**26  # tile numbers of 16 stacks fit into int32
         )
 
-    def pack(self) -> bytes:
-        """Return the bytes of the C struct."""
+    @property
+    def gathers(self) -> bool:
+        """Whether the permutation names the rows of `a`; else they are neighbours."""
+        return self.slots_per_a_row > 0 and self.permutation is not None
+
+    def pack(self) -> Packed:
+        """Return the C struct."""
         a_row, a_col = strides(self.a)
         w_expert, w_row, w_col = strides(self.w)
         num_experts, weight_rows, inner = self.w.shape
         act = self.activation
-        return STACK.pack(
+        return STACK(
             a=self.a,
             w=self.w,
             bias=self.bias,

@@ -1,12 +1,46 @@
 """Kernel arguments: one C struct a launch, packed by field name and passed by value."""
 
 import struct
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
-import numpy as np
+from cumoe.gpu.operand import Operand
 
 _ALIGNED_CODES = {"Q": 8, "q": 8, "i": 4, "f": 4}
 _WORDS = {"pointer": "Q", "int64": "q", "int32": "i", "float32": "f"}
+
+
+class Place(NamedTuple):
+    """Where in the bytes of an argument something depends on the address of one of the caller's arrays."""
+
+    at: int  # bytes from the beginning
+    source: str  # the caller's argument
+    offset: int  # bytes from its first element to the address in question
+    encode: Callable[[int], bytes] | None = None  # from the address to what stands there; None: the pointer itself
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The bytes of an argument or of a part of it, and the places in them that follow the caller's arrays."""
+
+    data: bytes
+    places: tuple[Place, ...] = ()
+
+    def padded(self, num_bytes: int) -> "Packed":
+        """Return the same with zeros behind, `num_bytes` in all."""
+        assert len(self.data) <= num_bytes
+        return replace(self, data=self.data.ljust(num_bytes, b"\0"))
+
+
+def joined(parts: Iterable[Packed]) -> Packed:
+    """Return the parts one behind the other."""
+    data, places, begin = [], [], 0
+    for part in parts:
+        data.append(part.data)
+        places += [place._replace(at=begin + place.at) for place in part.places]
+        begin += len(part.data)
+    return Packed(b"".join(data), tuple(places))
 
 
 class Struct:
@@ -23,28 +57,26 @@ class Struct:
         codes = [(_WORDS[word.partition("_")[0]], name) for word, names in fields.items() for name in names]
         self.names = tuple(name for _, name in codes)
         self._struct = struct.Struct("=" + "".join(code for code, _ in codes))
+        self._pointers: list[tuple[int, str]] = []
         offset = 0
         for code, name in codes:
             assert offset % _ALIGNED_CODES[code] == 0, f"{name} would be padded by a C compiler"
+            if code == "Q":
+                self._pointers.append((offset, name))
             offset += _ALIGNED_CODES[code]
         self.itemsize = offset
 
-    def pack(self, **values: Any) -> bytes:
-        """Return the bytes of the struct; arrays stand for their device pointers, None for a null pointer."""
+    def __call__(self, **values: Any) -> Packed:
+        """Return the struct's bytes; arrays stand for their device pointers, None for a null pointer.
+
+        A pointer has to come as the array: an address alone does not say whose it is.
+        """
         assert len(values) == len(self.names)
-        return self._struct.pack(*[_plain(values[name]) for name in self.names])
-
-    def __call__(self, **values: Any) -> np.ndarray:
-        """Return the struct as an array of one item, which CuPy passes to a kernel by value."""
-        return by_value(self.pack(**values))
-
-
-def by_value(packed: bytes) -> np.ndarray:
-    """Return an array of one item of these bytes."""
-    return np.frombuffer(packed, f"V{len(packed)}")
-
-
-def _plain(value: Any) -> Any:
-    if value is None:
-        return 0
-    return value if isinstance(value, (int, float)) else value.data.ptr
+        places = []
+        for at, name in self._pointers:
+            array = values[name]
+            assert not isinstance(array, int), f"{name} is a bare address"
+            values[name] = 0 if array is None else array.data.ptr
+            if isinstance(array, Operand) and array.source is not None:
+                places.append(Place(at, array.source, array.offset))
+        return Packed(self._struct.pack(*[values[name] for name in self.names]), tuple(places))

@@ -1,6 +1,7 @@
 """Tensor maps: how TMA reads the weights, encoded once for each weight array by the CUDA driver."""
 
 import ctypes
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 from cumoe.data.weights import Layout
 from cumoe.gpu.config import TileConfig
 from cumoe.gpu.driver import driver
+from cumoe.gpu.operand import Operand
+from cumoe.gpu.structs import Packed, Place
 
 MAP_BYTES = 128
 EIGHT = 8  # rows of gate or up that follow each other in a woven pair
@@ -64,27 +67,39 @@ def weight_map(w: Any, strides: tuple[int, ...], layout: Layout, order: str, con
     return _encode(w.data.ptr, w.dtype.name, lengths, tuple(2 * (s if length > 1 else 8) for s, length in steps), box)
 
 
-def row_map(a: Any, strides: tuple[int, ...], box_rows: int) -> bytes:
+@dataclass(frozen=True)
+class Form:
+    """All of a tensor map but the address; called with one, it returns the 128 bytes."""
+
+    dtype: str
+    lengths: tuple[int, ...]
+    steps: tuple[int, ...]  # in bytes
+    box: tuple[int, ...]
+
+    def __call__(self, address: int) -> bytes:
+        """Return the map of what lies there."""
+        return _encode(address, self.dtype, self.lengths, self.steps, self.box)
+
+
+def row_map(a: Any, strides: tuple[int, ...], box_rows: int) -> Packed:
     """Return the 128 bytes of the map of activations (num_rows, inner), read in boxes of `box_rows` rows."""
     num_rows, inner = a.shape
-    lengths, steps = (inner, num_rows, 1, 1), (max(strides[0], 8), 8, 8)
-    return _encode(a.data.ptr, a.dtype.name, lengths, tuple(2 * step for step in steps), (RUN, box_rows, 1, 1))
+    steps = (2 * max(strides[0], 8), 16, 16)
+    form = Form(a.dtype.name, (inner, num_rows, 1, 1), steps, (RUN, box_rows, 1, 1))
+    moves = isinstance(a, Operand) and a.source is not None
+    return Packed(form(a.data.ptr), (Place(0, a.source, a.offset, form),) if moves else ())
 
 
 @lru_cache(maxsize=1024)
 def _encode(pointer: int, dtype: str, lengths: tuple[int, ...], steps: tuple[int, ...], box: tuple[int, ...]) -> bytes:
     buffer = np.zeros(MAP_BYTES + 64, np.uint8)
     aligned = -buffer.ctypes.data % 64  # the driver wants the map at a multiple of 64
-    uint64, uint32 = ctypes.c_uint64, ctypes.c_uint32
     status = driver().cuTensorMapEncodeTiled(
         ctypes.c_void_p(buffer.ctypes.data + aligned),
         _ENCODED_DTYPES[dtype],
         len(lengths),
         ctypes.c_void_p(pointer),
-        (uint64 * len(lengths))(*lengths),
-        (uint64 * len(steps))(*steps),
-        (uint32 * len(box))(*box),
-        (uint32 * len(box))(*[1] * len(box)),
+        *_numbers(lengths, steps, box),
         _NO_INTERLEAVE,
         _SWIZZLE_128B,
         _PROMOTE_TO_L2_256B,
@@ -95,3 +110,10 @@ def _encode(pointer: int, dtype: str, lengths: tuple[int, ...], steps: tuple[int
             f"cumoe: cuTensorMapEncodeTiled returned {status} for {dtype} of {lengths}, steps {steps} bytes, box {box}"
         )
     return buffer[aligned : aligned + MAP_BYTES].tobytes()
+
+
+@lru_cache(maxsize=1024)
+def _numbers(lengths: tuple[int, ...], steps: tuple[int, ...], box: tuple[int, ...]) -> tuple[Any, ...]:
+    """Return them as the driver takes them, and a step of one element along each axis."""
+    uint64, uint32, rank = ctypes.c_uint64, ctypes.c_uint32, len(box)
+    return (uint64 * rank)(*lengths), (uint64 * len(steps))(*steps), (uint32 * rank)(*box), (uint32 * rank)(*[1] * rank)

@@ -1,6 +1,8 @@
 """Memory that a layer allocates once and reuses: one block a stream, cut into named arrays."""
 
 import threading
+from collections import OrderedDict
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,10 @@ from cumoe.data.weights import ExpertWeights, SharedExperts
 from cumoe.door.arrays import cupy
 from cumoe.gpu import experts, group
 from cumoe.gpu.experts import Buffers
+from cumoe.gpu.tape import Tape
 
 ALIGNMENT = 256  # as cudaMalloc gives it: whole cache lines, and any vector load is aligned
+MAX_TAPES = 64  # of a block; a tape is some 10 to 30 KB on the host
 
 
 def layer_buffers(num_tokens: int, top_k: int, weights: ExpertWeights, shared: tuple[SharedExperts, ...]) -> Buffers:
@@ -34,41 +38,92 @@ def _padded_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
 
 def is_captured() -> bool:
     """Whether the current stream records a graph."""
-    stream = cupy.cuda.get_current_stream().ptr
+    return _captures(cupy.cuda.get_current_stream().ptr)
+
+
+def _captures(stream: int) -> bool:
+    # The null stream cannot be captured, and must not be asked while another one is.
     return bool(stream and cupy.cuda.runtime.streamIsCapturing(stream))
+
+
+class Block:
+    """Memory for the calls of one stream, and what was recorded of calls that use it."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.memory = cupy.empty(num_bytes, np.uint8)
+        self._tapes: OrderedDict[Hashable, Tape] = OrderedDict()
+
+    def arrays(self, buffers: Buffers) -> dict[str, Any]:
+        """Return the named arrays, uninitialised."""
+        arrays, offset = {}, 0
+        for name, (shape, dtype) in buffers.items():
+            arrays[name] = cupy.ndarray(shape, dtype, memptr=self.memory.data + offset)
+            offset += _padded_bytes(shape, dtype)
+        return arrays
+
+    def tape(self, key: Hashable) -> Tape | None:
+        """Return what was recorded of a call of this kind; None if nothing was, or it was long ago."""
+        tape = self._tapes.get(key)
+        if tape is not None:
+            self._tapes.move_to_end(key)
+        return tape
+
+    def keep(self, key: Hashable, tape: Tape) -> None:
+        """Keep a tape in place of the one that was used least recently."""
+        self._tapes[key] = tape
+        if len(self._tapes) > MAX_TAPES:
+            self._tapes.popitem(last=False)
+
+    def forget(self) -> None:
+        """Drop all tapes."""
+        self._tapes.clear()
 
 
 class Workspace:
     """A block of device memory for each (device, stream) that used it; it grows and never shrinks.
 
-    Hold `lock` from `arrays` until the last launch that uses them: two threads on one stream share a block. A block
-    that a stream capture has seen is kept as long as the workspace lives, since the graph writes to it; so is what the
-    graph reads, and its output.
+    Hold `lock` from `block` until the last launch that uses it: two threads on one stream share a block. A block that
+    a stream capture has seen is kept as long as the workspace lives, since the graph writes to it; so is what the graph
+    reads, and its output.
+
+    Parameters
+    ----------
+    reserved_bytes : int
+        What every block has at least.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, reserved_bytes: int = 0) -> None:
+        self.reserved_bytes = reserved_bytes
         self.lock = threading.Lock()
-        self._blocks: dict[tuple[int, int], Any] = {}
-        self._captured: dict[int, Any] = {}
+        self._blocks: dict[tuple[int, int], Block] = {}
+        self._captured: dict[int, Block] = {}
         self._held: list[tuple[Any, ...]] = []
 
-    def hold_if_captured(self, *arrays: Any) -> None:
-        """Keep arrays as long as the workspace lives if a graph is being recorded, which goes to where they lie."""
-        if is_captured():
+    def hold_if_captured(self, stream: int, *arrays: Any) -> None:
+        """Keep arrays as long as the workspace lives if the stream records a graph, which goes to where they lie."""
+        if _captures(stream):
             self._held.append(arrays)
 
-    def arrays(self, buffers: Buffers, at_least: int = 0) -> dict[str, Any]:
-        """Return the named arrays for the current device and stream, uninitialised."""
-        size = max(total_bytes(buffers), at_least)
-        stream = cupy.cuda.get_current_stream()
-        key = (cupy.cuda.runtime.getDevice(), stream.ptr)
-        block = self._blocks.get(key)
-        if block is None or block.size < size:
-            block = self._blocks[key] = cupy.empty(size, np.uint8)
-        if is_captured():
-            self._captured[block.data.ptr] = block
-        arrays, offset = {}, 0
-        for name, (shape, dtype) in buffers.items():
-            arrays[name] = cupy.ndarray(shape, dtype, memptr=block.data + offset)
-            offset += _padded_bytes(shape, dtype)
-        return arrays
+    def block(self, device_id: int, stream: int, num_bytes: int = 0) -> Block | None:
+        """Return the block of a device and stream if it has at least so many bytes."""
+        block = self._blocks.get((device_id, stream))
+        if block is None or block.memory.size < num_bytes:
+            return None
+        if _captures(stream):
+            self._captured[block.memory.data.ptr] = block
+        return block
+
+    def grown(self, device_id: int, stream: int, num_bytes: int) -> Block:
+        """Return the block of a device and stream, a new one where it has fewer bytes."""
+        block = self.block(device_id, stream, num_bytes)
+        if block is None:
+            self._blocks[device_id, stream] = Block(max(num_bytes, self.reserved_bytes))
+            block = self.block(device_id, stream)
+            assert block is not None
+        return block
+
+    def forget_tapes(self) -> None:
+        """Drop what was recorded, since the weights or the routing of the layer are others."""
+        with self.lock:
+            for block in self._blocks.values():
+                block.forget()

@@ -66,24 +66,25 @@ def framed_forward(
     y: Any,
     buffers: dict[str, Any],
     groups: Groups | None = None,
+    residual: Any = None,
 ) -> None:
     """Run the stages after routing on `x`, as the experts read it, into `y`; on a GPU `groups` are there already."""
     if not frame.has_end:
-        forward(x, routing, experts, shared, weight_on, y, buffers, groups)
+        forward(x, routing, experts, shared, weight_on, y, buffers, groups, residual)
     elif isinstance(x, np.ndarray):
         total = np.empty(x.shape, np.float32)
         if frame.latent is None:
             forward(x, routing, experts, shared, weight_on, total, {})
         else:
             total = _latent_on_cpu(x, routing, experts, shared, weight_on, frame)
-        cpu_ends.finish(total, x, routing, experts.num_experts, frame, y)
+        cpu_ends.finish(total, x, routing, experts.num_experts, frame, y, residual)
     else:
         totals = buffers["totals"]
         if frame.latent is None:
             forward(x, routing, experts, shared, weight_on, totals[0], buffers, groups)
         else:
             _latent_on_gpu(x, routing, experts, shared, weight_on, frame, buffers, groups)
-        gpu_ends.finish(totals, x, routing, experts.num_experts, frame, y)
+        gpu_ends.finish(totals, x, routing, experts.num_experts, frame, y, residual)
 
 
 def _latent_on_cpu(

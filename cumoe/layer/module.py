@@ -1,5 +1,6 @@
 """The layer as an object: a router, weights, and memory that is allocated once."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,15 +9,21 @@ from cumoe.cpu.experts import project as cpu_project
 from cumoe.cpu.route import route as cpu_route
 from cumoe.data.frame import Frame, Latent, RMSNorm, check_frame
 from cumoe.data.routing import Router, admit_input_ids, check_logits, check_router, check_slots
-from cumoe.door.arrays import Kind, admit_like, give_back, on_device
+from cumoe.door.arrays import Kind, admit_like, cupy, give_back, on_device
 from cumoe.door.checks import FLOAT_DTYPES, check_count, check_dtype, check_shape, refuse
 from cumoe.door.factors import admit_factors
-from cumoe.door.output import output
+from cumoe.door.output import admit_residual, output
 from cumoe.door.streams import on_producers_stream
 from cumoe.gpu.layer_router import LayerRouter
+from cumoe.gpu.operand import Operand
+from cumoe.gpu.tape import Tape
 from cumoe.gpu.workspace import Workspace, total_bytes
+from cumoe.layer.capture import Captured
 from cumoe.layer.frame import frame_buffers, framed_forward, normalised
 from cumoe.layer.moe import WeightOn, admit_tokens, check_weights
+from cumoe.layer.replay import VECTOR_BYTES, Arrays, key_of, replayed
+
+ARGUMENTS = ("x", "router_logits", "input_ids", "residual", "y")
 
 
 class MoE:
@@ -25,7 +32,7 @@ class MoE:
     ::
 
         logits = x @ router_weight^T + router_bias       float32, never rounded to 16 bits
-        y      = moe(x, route(logits, router), experts, shared, weight_on)
+        y      = moe(x, route(logits, router), experts, shared, weight_on) + residual
 
     and, with the parts that a few families have around the experts::
 
@@ -33,7 +40,7 @@ class MoE:
         v      = u * input_norm.weight
         z      = moe(v, ...)                             the experts; latent: see `Latent`
         z      = z + v * (sum of w_j with id >= E) + output_bias
-        y      = z / rms(z) * output_norm.weight
+        y      = z / rms(z) * output_norm.weight + residual
 
     Parameters
     ----------
@@ -76,6 +83,15 @@ class MoE:
     On a GPU all memory but the output is one block for each stream that calls the layer, reused by every call and grown
     when a larger batch comes. Calls from several threads are safe. What a graph capture has seen of a call, its inputs
     and output as well as the layer's memory, lives as long as the layer does: keep the layer as long as its graphs.
+
+    Host time: the first call of a kind (shape, strides, dtype and alignment of its arrays, and which of them there
+    are) decides about kernels and packs their arguments; later ones, of the last 64 kinds on a stream, only put the
+    addresses of their arrays in. `capture` goes further and replays a CUDA graph.
+
+    Batch invariance: on a GPU the bits of a token's row do not depend on the other tokens of the batch, nor on how many
+    there are, whichever kernels that chooses: every sum of a row runs in one order. It holds among calls whose arrays
+    lie alike; those whose addresses and strides are multiples of 16 bytes run on other units than those whose are not.
+    On the CPU the matrix products are BLAS's, which promises nothing of the kind. Every run gives the same bits.
     """
 
     @on_producers_stream
@@ -127,14 +143,26 @@ class MoE:
         self.router_bias = admit_factors("router_bias", router_bias, axes, kind, "experts")
         if self.router_bias is not None and self.router_weight is None:
             raise ValueError(refuse("router_weight", "an array, since there is a router_bias", None))
-        router_dtype = np.dtype(np.float32) if input_norm is not None else self.experts.dtype
-        with on_device(kind):
-            self._gpu_router = LayerRouter(router, self.router_weight, self.router_bias, router_dtype, self.num_choices)
-        self._workspace = Workspace()
-        self._reserved_bytes = self.workspace_bytes(self.max_tokens) if self.max_tokens else 0
+        self._device_id = int(kind.device.partition(":")[2]) if kind.on_gpu else -1
+        self._prepare_router()
+        self._workspace = Workspace(self.workspace_bytes(self.max_tokens) if self.max_tokens else 0)
+
+    def _prepare_router(self) -> None:
+        dtype = np.dtype(np.float32) if self.frame.input_norm is not None else self.experts.dtype
+        with on_device(self.kind):
+            self._gpu_router = LayerRouter(self.router, self.router_weight, self.router_bias, dtype, self.num_choices)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; what was prepared from the old ones or recorded with them is made anew."""
+        object.__setattr__(self, name, value)
+        if not name.startswith("_") and "_workspace" in vars(self):
+            self._prepare_router()
+            self._workspace.forget_tapes()
 
     @on_producers_stream
-    def __call__(self, x: Any, router_logits: Any = None, *, input_ids: Any = None, out: Any = None) -> Any:
+    def __call__(
+        self, x: Any, router_logits: Any = None, *, input_ids: Any = None, residual: Any = None, out: Any = None
+    ) -> Any:
         """Route the tokens and compute the layer.
 
         Parameters
@@ -145,6 +173,8 @@ class MoE:
             In place of ``x @ router_weight^T + router_bias``. Identity experts count.
         input_ids : (num_tokens,) array of an int dtype
             For a router with an `expert_table`, and for no other. int32 is read in place.
+        residual : (num_tokens, hidden_size) array, optional
+            As in `moe`: added in float32, after the output_norm if there is one.
         out : (num_tokens, hidden_size) array, optional
             As in `moe`.
 
@@ -155,8 +185,14 @@ class MoE:
         Raises
         ------
         TypeError, ValueError
-            As in `moe` and `route`; ValueError also if there is neither a router_weight nor router_logits.
+            As in `moe` and `route`; ValueError also if there is neither a router_weight nor router_logits, or if `out`
+            shares a part of the memory of `x` on a GPU and the layer has identity experts.
         """
+        if self.kind.library == "cupy":
+            arrays = (x, router_logits, input_ids, residual)
+            y = replayed(self._workspace, self._device_id, arrays, out, reads_x_late=self._reads_x_late)
+            if y is not None:
+                return y
         tokens, kind = admit_tokens(x, self.experts, self.hidden_size)
         num_tokens = tokens.shape[0]
         check_slots(num_tokens, self.router.top_k)
@@ -169,30 +205,107 @@ class MoE:
             raise ValueError(refuse("router_logits", "an array, since the layer has no router_weight", None))
         with on_device(kind):
             ids = admit_input_ids(input_ids, self.router, kind, "x", num_tokens)
-            over = tokens if self.frame.has_end and kind.on_gpu else None  # else all is read before y is written
+            over = tokens if kind.on_gpu and self._reads_x_late else None
             y, result = output(out, tokens.shape, tokens.dtype, kind, "x", over=over)
-            (self._forward_gpu if kind.on_gpu else self._forward_cpu)(tokens, logits, ids, y)
+            added = admit_residual(residual, y, kind, "x")
+            if kind.on_gpu:
+                self.forward_gpu(self._workspace, (tokens, logits, ids, added), y, y_is_new=out is None)
+            else:
+                self._forward_cpu(tokens, logits, ids, added, y)
         return result if out is not None else give_back(y, kind)
 
-    def _forward_cpu(self, tokens: Any, logits: Any, input_ids: Any, y: Any) -> None:
+    def _forward_cpu(self, tokens: Any, logits: Any, input_ids: Any, residual: Any, y: Any) -> None:
         router_x, expert_x = normalised(tokens, self.frame, {})
         if logits is None:
             logits = cpu_project(router_x.astype(np.float32, copy=False), self.router_weight, self.router_bias, None)
         routing = cpu_route(logits, self.router, input_ids)
-        framed_forward(expert_x, routing, self.experts, self.shared, self.weight_on, self.frame, y, {})
+        framed_forward(expert_x, routing, self.experts, self.shared, self.weight_on, self.frame, y, {}, None, residual)
 
-    def _forward_gpu(self, tokens: Any, logits: Any, input_ids: Any, y: Any) -> None:
-        with self._workspace.lock:
-            buffers = self._workspace.arrays(self._buffers(tokens.shape[0]), self._reserved_bytes)
-            self._workspace.hold_if_captured(tokens, logits, input_ids, y)
-            router_x, expert_x = normalised(tokens, self.frame, buffers)
-            routing, groups = self._gpu_router(router_x, logits, input_ids, self.experts.num_experts, buffers)
-            framed_forward(expert_x, routing, self.experts, self.shared, self.weight_on, self.frame, y, buffers, groups)
+    def forward_gpu(self, workspace: Workspace, arrays: Arrays, y: Any, *, y_is_new: bool) -> None:
+        """Compute into `y` from admitted CuPy arrays on the current stream; record how, or repeat what was recorded."""
+        if y.shape[0] == 0:
+            return
+        key, addresses = key_of(arrays, None if y_is_new and y.data.ptr % VECTOR_BYTES == 0 else y)
+        addresses = (*addresses[:-1], y.data.ptr)
+        stream = cupy.cuda.get_current_stream().ptr
+        with workspace.lock:
+            workspace.hold_if_captured(stream, *arrays, y)
+            block = workspace.block(self._device_id, stream)
+            tape = None if block is None else block.tape(key)
+            if tape is not None:
+                tape.play(addresses)
+                return
+            wanted = self._buffers(y.shape[0])
+            block = workspace.grown(self._device_id, stream, total_bytes(wanted))
+            buffers = block.arrays(wanted)
+            tape = Tape(buffers, **dict(zip(ARGUMENTS, addresses, strict=True)))
+            operands = {
+                name: None if array is None else Operand(array, name)
+                for name, array in zip(ARGUMENTS, (*arrays, y), strict=True)
+            }
+            with tape.recording():
+                self._launch_all(**operands, buffers={name: Operand(array) for name, array in buffers.items()})
+            if tape.allocated_bytes == 0:
+                block.keep(key, tape)
+
+    def _launch_all(
+        self, x: Any, router_logits: Any, input_ids: Any, residual: Any, y: Any, buffers: dict[str, Any]
+    ) -> None:
+        router_x, expert_x = normalised(x, self.frame, buffers)
+        routing, groups = self._gpu_router(router_x, router_logits, input_ids, self.experts.num_experts, buffers)
+        framed_forward(
+            expert_x, routing, self.experts, self.shared, self.weight_on, self.frame, y, buffers, groups, residual
+        )
+
+    @property
+    def _reads_x_late(self) -> bool:
+        """Whether x is read while the result is written."""
+        return self.frame.num_identity_experts > 0 and self.frame.input_norm is None
 
     def _buffers(self, num_tokens: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         top_k, frame = self.router.top_k, self.frame
         wanted = frame_buffers(num_tokens, top_k, self.hidden_size, self.experts, self.shared, frame)
         return wanted | self._gpu_router.buffers(num_tokens, self.experts.num_experts)
+
+    def capture(self, num_tokens: int, inputs: Sequence[str] = ()) -> Captured:
+        """Return the forward of `num_tokens` tokens as a CUDA graph on buffers of its own.
+
+        Parameters
+        ----------
+        num_tokens : int
+            At least 1, with num_tokens * top_k below 2^31.
+        inputs : sequence of {"router_logits", "input_ids", "residual"}
+            What a replay reads besides the tokens. router_logits where the layer has no router_weight, and input_ids
+            where the router has an expert_table, are there unasked.
+
+        Returns
+        -------
+        Captured
+            Fill its `x`, call it, read its `y`.
+
+        Raises
+        ------
+        TypeError
+            If `num_tokens` is no int or `inputs` no sequence of words.
+        ValueError
+            If the layer is on the CPU, `num_tokens` is out of range, a word is unknown, or there is no expert_table for
+            the input_ids.
+        RuntimeError
+            If the kernels could not be compiled on this machine; the text says why.
+
+        Notes
+        -----
+        Runs the layer once, on a stream of its own, and waits for it. Takes `workspace_bytes` and the buffers.
+
+        Examples
+        --------
+        ::
+
+            decode = layer.capture(8)
+            decode.x[...] = tokens
+            y = decode()
+        """
+        return Captured(self, num_tokens, inputs)
 
     def workspace_bytes(self, num_tokens: int) -> int:
         """Return the bytes of GPU memory that a call on `num_tokens` tokens needs besides its output; 0 on a CPU."""

@@ -12,7 +12,7 @@ from cumoe.data.routing import GPU_MAX_EXPERTS, Routing, admit_routing
 from cumoe.data.weights import Experts, SharedExperts, check_shared
 from cumoe.door.arrays import Kind, admit, check_kind, cupy, give_back, on_device
 from cumoe.door.checks import check_count, check_dtype, check_rank, check_shape, check_word, refuse
-from cumoe.door.output import output
+from cumoe.door.output import admit_residual, output
 from cumoe.door.streams import on_producers_stream
 from cumoe.gpu import experts as gpu_experts
 from cumoe.gpu.combine import combine as gpu_combine
@@ -31,6 +31,7 @@ def moe(
     shared: Any = None,
     *,
     weight_on: WeightOn = "output",
+    residual: Any = None,
     out: Any = None,
 ) -> Any:
     r"""Compute a Mixture-of-Experts layer from tokens and their routing.
@@ -38,6 +39,7 @@ def moe(
     ::
 
         y[t] = sum_j out_scale * Expert_e(in_scale * x[t])  +  sum_s sigmoid(x[t] . gate_s) * Shared_s(x[t])
+               + residual[t]
         e, w = topk_ids[t, j], topk_weights[t, j]
 
         weight_on="input"        in_scale = w, out_scale = 1             Llama-4, for any top_k
@@ -59,8 +61,11 @@ def moe(
         In the dtype of `x`.
     shared : SharedExperts or a sequence of them, optional
     weight_on : {"input", "activation", "output"}
+    residual : (num_tokens, hidden_size) array, optional
+        In the dtype of `x`, added to the float32 sum before its one rounding; may be `x` or `out`. Copied first where
+        it is not C-contiguous on a GPU.
     out : (num_tokens, hidden_size) array, optional
-        Where to write, in the dtype of `x`; may be `x` itself. C-contiguous on a GPU.
+        Where to write, in the dtype of `x`; may be `x` or `residual` itself. C-contiguous on a GPU.
 
     Returns
     -------
@@ -73,7 +78,8 @@ def moe(
         If something is no array or not of its class, dtypes differ, or arrays differ in library or device.
     ValueError
         If a shape does not fit, a word is unknown, num_tokens * top_k >= 2^31, or num_experts > 1024 on a GPU; if `out`
-        cannot be written, or holds an element twice; if an array on a GPU is not aligned to its elements.
+        cannot be written, holds an element twice, or on a GPU shares a part of the memory of `residual`; if an array on
+        a GPU is not aligned to its elements.
     RuntimeError
         If arrays are on a GPU whose kernels could not be compiled; the text says why.
 
@@ -87,7 +93,7 @@ def moe(
     GPU it has the dtype of `x` where tensor cores read it (hidden_size of 64 or more, arrays aligned to 16 bytes), else
     it is float32 too. The rows that the combine adds up are float32; where the Hopper kernels write them, and
     intermediate_size and hidden_size are multiples of 8, they have the dtype of `x`. Same bits on every run; on a GPU
-    also for every batch around a row.
+    a row also has the same bits in every batch, whichever kernel the batch's size chooses: see `MoE`.
 
     Memory beyond inputs and output, on a GPU: num_tokens * (top_k * I + sum_s I_s) numbers of hidden rows,
     num_tokens * (top_k + num_shared) * hidden_size numbers of result rows, and 2 * num_tokens * top_k int32; no copy of
@@ -101,14 +107,15 @@ def moe(
     routing = admit_routing(routing, kind, "x", tokens.shape[0])
     with on_device(kind):
         y, result = output(out, tokens.shape, tokens.dtype, kind, "x")
+        added = admit_residual(residual, y, kind, "x")
         buffers = {}
         if kind.on_gpu:
             num_tokens, top_k = routing.topk_ids.shape
             wanted = layer_buffers(num_tokens, top_k, experts.weights, members)
             buffers = {name: cupy.empty(*spec) for name, spec in wanted.items()}
             if is_captured():  # the graph goes on reading and writing where these lie
-                experts.captured.append((tokens, routing, members, y, buffers))
-        forward(tokens, routing, experts, members, weight_on, y, buffers)
+                experts.captured.append((tokens, routing, members, added, y, buffers))
+        forward(tokens, routing, experts, members, weight_on, y, buffers, None, added)
     return result if out is not None else give_back(y, kind)
 
 
@@ -143,6 +150,7 @@ def forward(
     y: Any,
     buffers: dict[str, Any],
     groups: Groups | None = None,
+    residual: Any = None,
 ) -> None:
     """Run the checked stages after routing, into `y`; on a GPU `buffers` holds everything else that is written.
 
@@ -152,8 +160,8 @@ def forward(
     if isinstance(x, np.ndarray):
         groups = cpu_group(routing.topk_ids, experts.num_experts)
         rows = cpu_experts.routed_rows(x, routing, groups, weights, weight_on)
-        cpu_combine(rows, groups.inverse_permutation, None, cpu_experts.shared_rows(x, shared), y)
+        cpu_combine(rows, groups.inverse_permutation, None, cpu_experts.shared_rows(x, shared), y, residual)
         return
     groups = groups or gpu_group(routing.topk_ids, experts.num_experts, buffers)
     rows, shared_rows = gpu_experts.forward(x, routing, groups, weights, shared, weight_on, buffers)
-    gpu_combine(rows, groups.inverse_permutation, None, shared_rows, y)
+    gpu_combine(rows, groups.inverse_permutation, None, shared_rows, y, residual)

@@ -6,23 +6,30 @@ import numpy as np
 
 from cumoe.cpu.combine import combine as cpu_combine
 from cumoe.data.groups import check_groups
-from cumoe.door.arrays import admit, admit_like, give_back, on_device
+from cumoe.door.arrays import admit, admit_like, cupy, give_back, on_device
 from cumoe.door.checks import as_float_dtype, check_dtype, check_rank, check_shape
 from cumoe.door.factors import admit_factors
-from cumoe.door.output import output
+from cumoe.door.output import admit_residual, output
 from cumoe.door.streams import on_producers_stream
 from cumoe.gpu.combine import combine as gpu_combine
 
 
 @on_producers_stream
 def combine(
-    rows: Any, groups: Any, topk_weights: Any = None, shared_rows: Any = None, *, dtype: Any = None, out: Any = None
+    rows: Any,
+    groups: Any,
+    topk_weights: Any = None,
+    shared_rows: Any = None,
+    *,
+    residual: Any = None,
+    dtype: Any = None,
+    out: Any = None,
 ) -> Any:
     """Sum the rows of every token, in slot order.
 
     ::
 
-        y[t] = sum_j topk_weights[t, j] * rows[inverse_permutation[t, j]]  +  sum_s shared_rows[s, t]
+        y[t] = sum_j topk_weights[t, j] * rows[inverse_permutation[t, j]]  +  sum_s shared_rows[s, t]  +  residual[t]
 
     Parameters
     ----------
@@ -33,6 +40,9 @@ def combine(
         Any float dtype, converted to float32. Without them the rows are taken to carry their weights.
     shared_rows : (num_shared, num_tokens, hidden_size) array, float32, optional
         Added unweighted.
+    residual : (num_tokens, hidden_size) array, optional
+        In the dtype of the result, added to the sum before it is rounded; may be `out`. Copied first where it is not
+        C-contiguous on a GPU.
     dtype : dtype, optional
         Of the result: float32 (default), float16 or bfloat16.
     out : (num_tokens, hidden_size) array, optional
@@ -49,7 +59,7 @@ def combine(
         If something is no array, has another dtype, or differs from `rows` in library or device.
     ValueError
         If a shape does not fit, or `out` cannot be written, holds an element twice, or on a GPU shares memory with what
-        is read.
+        is read, or a part of it with `residual`.
 
     See Also
     --------
@@ -58,7 +68,8 @@ def combine(
     Notes
     -----
     Sums are float32 in the order of the formula and rounded once. GPU: one launch on the current stream, no host
-    synchronisation, can be captured; reads (top_k + num_shared) * num_tokens rows, writes num_tokens.
+    synchronisation, can be captured; reads (top_k + num_shared) * num_tokens rows and the residual,
+    writes num_tokens.
     """
     sorted_rows, kind = admit("rows", rows)
     check_rank("rows", sorted_rows, ("num_tokens * top_k", "hidden_size"))
@@ -81,6 +92,10 @@ def combine(
         result_dtype, shape = as_float_dtype("dtype", dtype, np.float32), (num_tokens, hidden_size)
         apart = {"rows": sorted_rows, "shared_rows": shared, "topk_weights": weights}
         y, result = output(out, shape, result_dtype, kind, "rows", **apart)
+        added = admit_residual(residual, y, kind, "rows")
+        if kind.on_gpu:
+            sorted_rows = cupy.ascontiguousarray(sorted_rows)
+            shared = None if shared is None else cupy.ascontiguousarray(shared)
         engine = gpu_combine if kind.on_gpu else cpu_combine
-        engine(sorted_rows, groups.inverse_permutation, weights, shared, y)
+        engine(sorted_rows, groups.inverse_permutation, weights, shared, y, added)
     return result if out is not None else give_back(y, kind)

@@ -19,6 +19,7 @@
 #endif
 
 #define CUDA_ON_CPU_KERNEL(NAME, ARGUMENT, ...)                                                                   \
+  extern "C" const size_t argument_bytes_##NAME = sizeof(ARGUMENT);                                                \
   extern "C" const char* launch_##NAME(unsigned grid, unsigned block, size_t shared_bytes, const void* packed,     \
                                        size_t packed_bytes) {                                                      \
     constexpr unsigned max_block = cuda_on_cpu::first(__VA_ARGS__);                                                \

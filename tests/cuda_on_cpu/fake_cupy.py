@@ -1,12 +1,17 @@
-"""What the package and its GPU tests use of CuPy, with arrays in host memory and kernels of the CPU library.
+"""What the package and its GPU tests use of CuPy and of the driver, in host memory with kernels of the CPU library.
 
 An array is no NumPy array and does not become one by accident. Its memory is exactly as long as its elements, so that
-AddressSanitizer sees what runs over it, and begins as 0xff bytes, which are NaN.
+AddressSanitizer sees what runs over it, and begins as 0xff bytes, which are NaN. A stream runs a kernel when it is
+launched, or keeps it while it is captured; a graph runs what its stream has kept.
 """
 
 import ctypes
+import itertools
 import os
+import threading
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +28,8 @@ DEFAULT_SHARED_BYTES, MAX_SHARED_BYTES = 48 << 10, 99 << 10
 """Dynamic shared memory of a block without and with asking, at compute capability 8.0."""
 
 BLOCK_ALIGNMENT = 256
+
+_thread = threading.local()  # what is current there: the stream, the allocator
 
 num_launches: dict[str, int] = {}
 """Launches a kernel since the process began."""
@@ -57,8 +64,57 @@ class MemoryPointer:
     def __init__(self, memory: Memory, ptr: int) -> None:
         self.memory, self.ptr = memory, ptr
 
+    device_id = 0
+
     def __add__(self, offset: int) -> "MemoryPointer":
         return MemoryPointer(self.memory, self.ptr + offset)
+
+
+class MemoryPool:
+    """Gives memory out, and keeps none of it back."""
+
+    def __init__(self) -> None:
+        self._used_bytes = 0
+
+    def malloc(self, num_bytes: int) -> MemoryPointer:
+        """Return memory of its own."""
+        memory = Memory(num_bytes)
+        self._add(num_bytes)
+        weakref.finalize(memory, self._add, -num_bytes)
+        return MemoryPointer(memory, memory.ptr)
+
+    def _add(self, num_bytes: int) -> None:
+        self._used_bytes += num_bytes
+
+    def used_bytes(self) -> int:
+        """Return how much is in use."""
+        return self._used_bytes
+
+    total_bytes = used_bytes
+
+
+_pool = MemoryPool()
+
+
+def get_default_memory_pool() -> MemoryPool:
+    """Return the pool that arrays come from."""
+    return _pool
+
+
+def get_allocator() -> Callable[[int], MemoryPointer]:
+    """Return what gives this thread its memory."""
+    return getattr(_thread, "allocator", _pool.malloc)
+
+
+@contextmanager
+def using_allocator(allocator: Callable[[int], MemoryPointer]) -> Iterator[None]:
+    """Let arrays of this thread come from elsewhere."""
+    before = get_allocator()
+    _thread.allocator = allocator
+    try:
+        yield
+    finally:
+        _thread.allocator = before
 
 
 class ndarray:  # noqa: N801 - as CuPy spells it
@@ -71,7 +127,7 @@ class ndarray:  # noqa: N801 - as CuPy spells it
             offset = memptr.ptr - memptr.memory.ptr
             assert offset % BLOCK_ALIGNMENT == 0, "cut at an odd place"
             assert 0 <= offset <= offset + num_bytes <= memptr.memory.size, "cut beyond the end of its block"
-        self._memory = Memory(num_bytes)
+        self._memory = get_allocator()(num_bytes).memory if memptr is None else Memory(num_bytes)
         self._array = self._memory.array(shape, dtype)
 
     def _view(self, array: np.ndarray) -> "ndarray":
@@ -185,22 +241,98 @@ def asnumpy(array: ndarray) -> np.ndarray:
 class Kernel:
     """A kernel of the library, launched with one struct by value."""
 
+    by_handle: dict[int, "Kernel"] = {}  # noqa: RUF012
+
     def __init__(self, name: str) -> None:
         self.name, self.max_dynamic_shared_size_bytes = name, DEFAULT_SHARED_BYTES
         self._launch = getattr(library(), f"launch_{name}")
         self._launch.restype = ctypes.c_char_p
         size = ctypes.c_size_t
         self._launch.argtypes = (ctypes.c_uint, ctypes.c_uint, size, ctypes.c_char_p, size)
+        self.argument_bytes = ctypes.c_size_t.in_dll(library(), f"argument_bytes_{name}").value
+        self.kernel = SimpleNamespace(ptr=1 + len(self.by_handle))
+        self.by_handle[self.kernel.ptr] = self
 
-    def __call__(self, grid: tuple[int], block: tuple[int], arguments: tuple[Any], shared_mem: int = 0) -> None:
-        (argument,) = arguments
+    def launch(self, grid: int, block: int, packed: bytes, shared_bytes: int) -> None:
+        """Run all blocks."""
         allowed = min(self.max_dynamic_shared_size_bytes, MAX_SHARED_BYTES)
-        assert shared_mem <= allowed, f"{self.name}: {shared_mem} bytes of shared memory, allowed {allowed}"
+        assert shared_bytes <= allowed, f"{self.name}: {shared_bytes} bytes of shared memory, allowed {allowed}"
         num_launches[self.name] = num_launches.get(self.name, 0) + 1
-        packed = argument.tobytes()
-        error = self._launch(*grid, *block, shared_mem, packed, len(packed))
+        error = self._launch(grid, block, shared_bytes, packed, len(packed))
         if error is not None:
             raise RuntimeError(error.decode())
+
+
+def _launch_kernel(config: Any, function: Any, arguments: Any, extra: None) -> int:
+    """Do what cuLaunchKernelEx does, with the argument as it is now; return 0."""
+    asked, kernel = config._obj, Kernel.by_handle[function.value]
+    assert asked.num_attributes == 0, "no programmatic launches at compute capability 8.0"
+    assert asked.grid[1] == asked.grid[2] == asked.block[1] == asked.block[2] == 1 and extra is None
+    packed = ctypes.string_at(arguments[0], kernel.argument_bytes)
+    launched = kernel, asked.grid[0], asked.block[0], packed, asked.shared_bytes
+    stream = Stream.by_handle.get(asked.stream or 0)
+    if stream is not None and stream.captured is not None:
+        stream.captured.append(launched)
+    else:
+        Kernel.launch(*launched)
+    return 0
+
+
+DRIVER = SimpleNamespace(cuLaunchKernelEx=_launch_kernel)
+"""What the package calls of libcuda."""
+
+
+class Stream:
+    """A stream; what is launched on it has ended at once."""
+
+    by_handle: "weakref.WeakValueDictionary[int, Stream]" = weakref.WeakValueDictionary()  # noqa: RUF012
+    _handles = itertools.count(1000)
+
+    def __init__(self, non_blocking: bool = False) -> None:
+        self.ptr, self.captured = next(self._handles), None
+        self._before: list[Any] = []
+        self.by_handle[self.ptr] = self
+
+    def __enter__(self) -> "Stream":
+        self._before.append(_current_stream())
+        _thread.stream = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _thread.stream = self._before.pop()
+
+    def begin_capture(self) -> None:
+        """Keep launches from here on."""
+        self.captured: list[Any] | None = []
+
+    def end_capture(self) -> "Graph":
+        """Return what was kept."""
+        assert self.captured is not None
+        launches, self.captured = self.captured, None
+        return Graph(launches)
+
+    def synchronize(self) -> None:
+        """Nothing is pending."""
+
+
+class Graph:
+    """Launches that a stream has kept, with the arguments that they had; it keeps no memory alive."""
+
+    def __init__(self, launches: list[Any]) -> None:
+        self._launches = launches
+
+    def launch(self, stream: Stream | None = None) -> None:
+        """Run them all."""
+        for launched in self._launches:
+            Kernel.launch(*launched)
+
+
+def _current_stream() -> Any:
+    return getattr(_thread, "stream", SimpleNamespace(ptr=0))
+
+
+def _is_capturing(handle: int) -> bool:
+    return Stream.by_handle[handle].captured is not None
 
 
 class RawModule:
@@ -238,11 +370,19 @@ class Device:
     def __exit__(self, *_: object) -> None:
         pass
 
+    def synchronize(self) -> None:
+        """Nothing is pending."""
+
 
 cuda = SimpleNamespace(
     Device=Device,
+    Graph=Graph,
+    MemoryPool=MemoryPool,
+    Stream=Stream,
+    get_allocator=get_allocator,
+    get_current_stream=_current_stream,
     is_available=lambda: True,
-    get_current_stream=lambda: SimpleNamespace(ptr=0),
     nvrtc=SimpleNamespace(getVersion=lambda: (12, 9)),
-    runtime=SimpleNamespace(getDevice=lambda: 0, streamIsCapturing=lambda stream: False),
+    runtime=SimpleNamespace(getDevice=lambda: 0, streamIsCapturing=_is_capturing),
+    using_allocator=using_allocator,
 )

@@ -1,4 +1,4 @@
-"""Pytest plugin: `cupy` is the fake one from here on, so that the GPU half of the package's tests runs on the CPU.
+"""Pytest plugin: `cupy` and the driver are fake from here on; the GPU half of the package's tests runs on the CPU.
 
     python -m pytest -p cuda_on_cpu.plugin -m gpu tests/test_route.py
 
@@ -14,6 +14,10 @@ import pytest
 from cuda_on_cpu import fake_cupy
 
 sys.modules["cupy"] = fake_cupy  # type: ignore[assignment]
+
+from cumoe.gpu import driver  # noqa: E402 - not before its `cupy` is there
+
+driver.driver = lambda: fake_cupy.DRIVER  # type: ignore[assignment]
 
 MAX_EXAMPLES = 30
 
