@@ -61,6 +61,16 @@ def test_tolerances():
         assert_close(got, expected)
 
 
+def test_terms_that_cancel():
+    """What is left of terms near 1 is compared with 1."""
+    expected = numbers(4, 4) * 1e-6
+    got = (expected + 1e-6).astype(np.float32)
+    assert failure(got, expected)
+    assert_close(got, expected, unit=1.0)
+    assert relative_error(got, expected, unit=1.0) == pytest.approx(1e-6, rel=1e-3)
+    assert failure(got + 1e-4, expected, unit=1.0)
+
+
 def test_shapes_and_numbers_that_are_none():
     """Broadcasting and NaN hide nothing."""
     expected = numbers(4, 4).astype(np.float32)

@@ -16,12 +16,12 @@ FLOOR = {"float32": 1e-36, "float16": 2.0**-22, "bfloat16": 1e-36}
 MAX_LISTED = 8
 
 
-def relative_error(got: Any, expected: Any, floor: float = 0.0) -> float:
+def relative_error(got: Any, expected: Any, floor: float = 0.0, unit: float = 0.0) -> float:
     r"""Return the relative Frobenius distance of two arrays of any library.
 
     ::
 
-        max(0, ||got - expected|| - floor sqrt(size)) / ||expected||
+        max(0, ||got - expected|| - floor sqrt(size)) / max(||expected||, unit sqrt(size))
 
     Parameters
     ----------
@@ -29,6 +29,8 @@ def relative_error(got: Any, expected: Any, floor: float = 0.0) -> float:
         Of the same shape; NumPy, CuPy, or anything that speaks DLPack.
     floor : float
         What each element may be off for nothing.
+    unit : float
+        The size of the terms that an element is a sum of, where they may cancel.
 
     Returns
     -------
@@ -44,7 +46,7 @@ def relative_error(got: Any, expected: Any, floor: float = 0.0) -> float:
     """
     got, expected = _host("got", got), _host("expected", expected)
     assert got.shape == expected.shape, f"shapes differ: got {got.shape}, expected {expected.shape}"
-    return _distance(got, expected, floor)
+    return _distance(got, expected, floor, unit)
 
 
 def assert_close(
@@ -52,6 +54,7 @@ def assert_close(
     expected: Any,
     dtype: Any = None,
     what: str = "",
+    unit: float = 0.0,
     *,
     tolerance: float | None = None,
     nans: Literal["forbidden", "matching"] = "forbidden",
@@ -66,6 +69,9 @@ def assert_close(
         What `got` was computed in; default: its own.
     what : str
         What the message begins with.
+    unit : float
+        As in `relative_error`: results below it are what is left where terms of that size cancel, and with few of them
+        nothing averages that out.
     tolerance : float, optional
         Allowed relative error; default: that of `TOLERANCE`.
     nans : {"forbidden", "matching"}
@@ -91,7 +97,7 @@ def assert_close(
     if nans == "matching":
         same = (np.isnan(got) & np.isnan(expected)) | (np.isinf(expected) & (got == expected))
         got, expected = np.where(same, 0, got), np.where(same, 0, expected)
-    error = _distance(got, expected, FLOOR.get(name, 0.0))
+    error = _distance(got, expected, FLOOR.get(name, 0.0), unit)
     if not error < allowed:
         raise AssertionError(
             f"{head}: relative error {error:.2e}, allowed {allowed:.0e}; {_where(got, expected, allowed)}"
@@ -152,13 +158,14 @@ def _first(array: np.ndarray, places: np.ndarray) -> str:
     return f"{array[token, j]} at ({token}, {j})"
 
 
-def _distance(got: np.ndarray, expected: np.ndarray, floor: float) -> float:
+def _distance(got: np.ndarray, expected: np.ndarray, floor: float, unit: float) -> float:
     with np.errstate(invalid="ignore"):
         distance = float(np.linalg.norm(got - expected))
     if np.isnan(distance):
         return float("inf")
-    distance = max(0.0, distance - floor * got.size**0.5)
-    return 0.0 if distance == 0 else distance / max(float(np.linalg.norm(expected)), 1e-300)
+    root = got.size**0.5
+    distance = max(0.0, distance - floor * root)
+    return 0.0 if distance == 0 else distance / max(float(np.linalg.norm(expected)), unit * root, 1e-300)
 
 
 def _host(name: str, array: Any, dtype: Any = np.float64) -> np.ndarray:
