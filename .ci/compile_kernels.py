@@ -25,7 +25,8 @@ LOUD = ("--ptxas-options=-v", "--ptxas-options=--warn-on-spills")
 BAD = re.compile(r"[1-9]\d* bytes (?:stack frame|spill)|C75\d\d|spill(?:ed|ing) ", re.IGNORECASE)
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 USED = re.compile(r"Used (\d+) registers")
-TENSOR_CORES = {"grouped_gemm_wgmma": "HGMMA", "grouped_gemm_bfloat16": "HMMA", "grouped_gemm_float16": "HMMA"}
+TENSOR_CORES = {"grouped_gemm_wgmma": "HGMMA"}
+TENSOR_CORES |= dict.fromkeys(("grouped_gemm_bfloat16", "grouped_gemm_float16", "router_gemm"), "HMMA")
 """The beginning of a unit's name, and the instruction that every kernel of it lives on."""
 SECTION = re.compile(r"^\s*\.section\s+\.text\.(\w+)", re.MULTILINE)
 

@@ -1,14 +1,18 @@
 #!/usr/bin/env bash
-# The GPU half of the tests and the demo, from the source tree, on this machine's GPU.
-# Usage: [PYTHON=python3.12] [SANITIZE=1] .ci/gpu.sh [arguments of pytest]
-# SANITIZE=1 runs a part of them under each tool of compute-sanitizer as well, about three minutes.
+# The GPU half of the tests, 10,000 random layers and the demo, from the source tree, on this machine's GPU.
+# With the folder of `tests/checkpoint_oracles.py make .oracle`, layers of all families are compared with their modules.
+# Usage: [PYTHON=python3.12] [RECORDS=folder] [FUZZ_CASES=10000] [SANITIZE=1] .ci/gpu.sh [arguments of pytest]
+# SANITIZE=1 adds the tests at small shapes under the four tools of compute-sanitizer, side by side, each for at most
+# SANITIZE_SECONDS=210 of tests; SANITIZE=only is that alone, about five minutes. The table of what was tried comes last.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-export PYTHONPATH=$PWD
+export PYTHONPATH=$PWD:$PWD/tests PYTHONDONTWRITEBYTECODE=1
 python=${PYTHON:-python3}
+records=${RECORDS:-$(mktemp -d)}
+mkdir -p "$records"
 
-"$python" - <<'EOF'
+"$python" - <<'PYTHON'
 import sys
 
 import cumoe
@@ -16,19 +20,39 @@ from cumoe.gpu.compile import gpu_is_there
 
 print(cumoe.show_config(mode="dicts")["GPU"])
 sys.exit(not gpu_is_there())
-EOF
+PYTHON
 "$python" -m cumoe config
-"$python" -m pytest tests -m gpu -q "$@"
-"$python" -m cumoe demo
+
+failed=0
+if [ "${SANITIZE:-}" != only ]; then
+  "$python" -m pytest tests -m gpu -q -p no:cacheprovider --junitxml "$records/gpu.xml" "$@" || failed=1
+  "$python" tests/fuzz --device gpu --cases "${FUZZ_CASES:-10000}" --jobs 8 --record "$records/fuzz_gpu.json" || failed=1
+  "$python" -m cumoe demo
+  if [ -d .oracle ]; then
+    "$python" tests/checkpoint_oracles.py compare .oracle --device gpu || failed=1
+  fi
+fi
 
 if [ -n "${SANITIZE:-}" ]; then
-  for tool in memcheck racecheck synccheck initcheck; do
-    echo "== $tool"
-    compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest -m gpu -q -p no:cacheprovider \
-      tests/test_moe.py tests/test_group.py tests/test_route.py tests/test_activation.py \
-      -k "tiles or strided or many or homogeneous or ties or every_time or test_gated and stacked"
-    # The Hopper kernels: every form of every tile, both orders of weights; and every epilogue on the smallest tile.
-    compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest -m gpu -q -p no:cacheprovider \
-      tests/test_tiles.py -k "few_rows and bfloat16 or activations and woven"
+  tools=(memcheck racecheck synccheck initcheck)
+  declare -A process
+  for tool in "${tools[@]}"; do
+    # An allocation that fails is a test here, no error. What a tool finds goes into its log, tests into their own.
+    SECONDS_OF_TESTS=${SANITIZE_SECONDS:-210} timeout 540 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      --report-api-errors no --log-file "$records/$tool.log" \
+      "$python" -m pytest -p small_shapes -m gpu -q -p no:cacheprovider --junitxml "$records/$tool.xml" "$@" tests \
+      >"$records/$tool.txt" 2>&1 &
+    process[$tool]=$!
+  done
+  for tool in "${tools[@]}"; do
+    status=0
+    wait "${process[$tool]}" || status=$?
+    printf '== %s: exit status %s\n' "$tool" "$status"
+    tail -n 2 "$records/$tool.txt"
+    tail -n 3 "$records/$tool.log"
+    [ "$status" = 0 ] || failed=1
   done
 fi
+
+"$python" tests/evidence.py "$records"/*.xml "$records"/*.json "$records"/*check.log
+exit "$failed"

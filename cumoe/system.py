@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from cumoe.door.arrays import cupy
 from cumoe.door.checks import check_word
-from cumoe.gpu.compile import gpu_is_there
+from cumoe.gpu.compile import gpu_is_there, why_no_gpu
 from cumoe.gpu.sources import kernels_directory
 from cumoe.version import __version__
 
@@ -65,7 +65,9 @@ def show_config(mode: Literal["stdout", "dicts"] = "stdout") -> dict[str, str] |
         If the word is unknown.
     """
     check_word("mode", mode, ("stdout", "dicts"))
-    probes = _versions() | (_gpu() if gpu_is_there() else {"GPU": lambda: "none; NumPy arrays run on the CPU"})
+    probes = _versions() | (
+        _gpu() if gpu_is_there() else {"GPU": lambda: f"none; NumPy arrays run on the CPU ({why_no_gpu()})"}
+    )
     found = {label: _probe(read) for label, read in probes.items()}
     if mode == "dicts":
         return found

@@ -20,9 +20,7 @@
     extern __shared__ int histograms[]; /* (WARPS + 2, num_experts + 1) */                                          \
     wait_for_previous_kernel();                                                                                     \
     launch_next_kernel();                                                                                           \
-    group::Part part{(int)blockIdx.x, (int)gridDim.x};                                                              \
-    group::count<WARPS>(launch, part, histograms);                                                                  \
-    group::place<WARPS>(launch, part, histograms);                                                                  \
+    group::place<WARPS>(launch, {(int)blockIdx.x, (int)gridDim.x}, histograms);                                     \
   }
 
 GROUP_COUNT(group_count, 32)

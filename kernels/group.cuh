@@ -44,9 +44,9 @@ struct Part { int block, num_blocks; };  // of the slots: this block's, of how m
 struct Run { int begin, end; };          // slots of this warp
 
 template <int WARPS> __device__ __forceinline__ Run run_of_warp(const GroupLaunch& p, Part part) {
-  int64 warp_slots = p.slots_per_block / WARPS;
+  int64 warp_slots = ceil_div(p.slots_per_block, WARPS), last = ((int64)part.block + 1) * p.slots_per_block;
   int64 begin = (int64)part.block * p.slots_per_block + threadIdx.x / WARP * warp_slots, end = begin + warp_slots;
-  int64 last = p.num_slots;
+  if (last > p.num_slots) last = p.num_slots;
   return {(int)(begin < last ? begin : last), (int)(end < last ? end : last)};
 }
 
@@ -125,10 +125,41 @@ __device__ __forceinline__ void add_up(const GroupLaunch& p, Part part, const in
   __syncthreads();  // all counts are in
 }
 
-// Places the slots of this part; its histograms are counted already. The first block also writes what describes all slots.
+constexpr int FEW_WARPS = 8, MAX_RANKED = 64;
+
+// Places at most MAX_RANKED slots, all there are: whoever is there counts what stands before a slot, or before an expert.
+template <int WARPS> __device__ __forceinline__ void rank_all(const GroupLaunch& p, int* bins) {
+  constexpr int THREADS = WARPS * WARP;
+  int slot = threadIdx.x;
+  if (slot < p.num_slots) bins[slot] = bin_of(p, slot);
+  for (int i = threadIdx.x; i < p.num_progress; i += THREADS) p.progress[i] = 0;
+  __syncthreads();  // the bins are there
+  if (slot < p.num_slots) {
+    int bin = bins[slot], row = 0;
+#pragma unroll 4
+    for (int s = 0; s < p.num_slots; ++s) row += bins[s] < bin || (bins[s] == bin && s < slot);
+    p.permutation[row] = slot;
+    p.inverse_permutation[slot] = bin < p.num_experts ? row : -1;
+  }
+#pragma unroll 1
+  for (int e = threadIdx.x; e <= p.num_experts; e += THREADS) {
+    int before = 0, own = 0;
+#pragma unroll 4
+    for (int s = 0; s < p.num_slots; ++s) before += bins[s] < e, own += bins[s] == e;
+    p.expert_offsets[e] = before;
+    if (e < p.num_experts) p.tokens_per_expert[e] = own;
+  }
+}
+
+// Counts and places the slots of this part. The first block also writes what describes all slots.
 template <int WARPS> __device__ __forceinline__ void place(const GroupLaunch& p, Part part, int* histograms) {
   constexpr int THREADS = WARPS * WARP;
   int num_bins = p.num_experts + 1, *first_rows = histograms + WARPS * num_bins, *earlier_rows = first_rows + num_bins;
+  if (WARPS == FEW_WARPS && p.num_slots <= MAX_RANKED) {
+    rank_all<WARPS>(p, histograms);
+    return;
+  }
+  count<WARPS>(p, part, histograms);
   add_up<WARPS>(p, part, histograms, first_rows, earlier_rows);
   if (part.block == 0)
     for (int e = threadIdx.x; e < p.num_experts; e += THREADS) p.tokens_per_expert[e] = first_rows[e];

@@ -8,21 +8,20 @@ namespace route {
 
 constexpr int WARPS = 4;
 
-template <typename T> __device__ __forceinline__ void route(const RouterLaunch& launch) {
+template <int KEYS> __device__ __forceinline__ void route(const RouterLaunch& launch) {
   extern __shared__ uint32 dynamic_smem[];
   wait_for_previous_kernel();
   launch_next_kernel();
-  int warp = threadIdx.x / WARP;
-  int64 token = (int64)blockIdx.x * WARPS + warp;
-  if (token < launch.num_tokens) route_token<T>(launch, token, dynamic_smem + warp * launch.words_per_warp);
+  int64 begin = (int64)blockIdx.x * WARPS, end = begin + WARPS < launch.num_tokens ? begin + WARPS : launch.num_tokens;
+  route_tokens<KEYS, WARPS>(launch, begin, end, dynamic_smem);
 }
 
 }  // namespace route
 
-#define ROUTE(NAME, T)                                                                       \
-  extern "C" __global__ void __launch_bounds__(WARP * route::WARPS, 6)                        \
-      NAME(const __grid_constant__ route::RouterLaunch launch) { route::route<T>(launch); }
+#define ROUTE(NAME, KEYS)                                                                    \
+  extern "C" __global__ void __launch_bounds__(WARP * route::WARPS, 8)                        \
+      NAME(const __grid_constant__ route::RouterLaunch launch) { route::route<KEYS>(launch); }
 
-ROUTE(route_float32, float)
-ROUTE(route_bfloat16, bf16)
-ROUTE(route_float16, fp16)
+ROUTE(route_8, 8)
+ROUTE(route_16, 16)
+ROUTE(route_32, 32)

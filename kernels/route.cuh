@@ -1,17 +1,22 @@
-// route: one token's logits -> its topk_ids and topk_weights, by a warp.
+// route: logits of tokens -> their topk_ids and topk_weights; the block reads, a warp a token chooses and weighs.
 //
-//   smem     a warp: num_experts logits, as many keys where something is added to what ranks, max(top_k, num_groups) words;
+//   smem     a warp: max(top_k, num_groups) words, num_experts logits, as many keys where something is added to what ranks;
 //            at 1024 experts and top_k = 8 between 4 and 8 KiB
 //
 // The logits are read once: they may come as partial sums (see router_gemm.cu), which are added in order, the bias last.
-// An expert is ranked by a 32-bit key that orders as its score does: NaN lowest, then -inf upward. A lane keeps the best of
-// its own experts (lane, lane + 32, ...) in registers; the best lane's is taken, among equals the lowest id, and that lane
-// alone looks for its next one. So ids are distinct and in range for any input. Where no bias and no groups interfere the
-// logit itself is ranked, since every scoring function is monotone: no tie that rounding of the scores would bring. The
+// An expert is ranked by a 32-bit key that orders as its score does: NaN lowest, then -inf upward. A lane holds the keys of
+// its own experts (lane, lane + 32, ...) in registers; the best lane's best is taken, among equals the lowest id, and that
+// lane alone looks for its next one. So ids are distinct and in range for any input. Where no bias and no groups interfere
+// the logit itself is ranked, since every scoring function is monotone: no tie that rounding of the scores would bring. The
 // bias never reaches a weight: weights are computed from the logits. With an expert_table the ids of a token are looked up
 // by its token id; those that name no expert get id -1, weight 0.
 //
-// barrier: __syncwarp only; a warp shares nothing with the others.
+// With few tokens this code runs once, and a line of eight instructions takes longer to come than to run: loops stay loops
+// unless they carry registers, and the whole block reads and scores the logits of even one token.
+//
+//   barrier           means
+//   __syncthreads     the logits of the block's tokens are in shared memory, or no longer needed there
+//   __syncwarp        a warp shares its token with no other
 #pragma once
 #include "types.cuh"
 
@@ -21,6 +26,7 @@ enum Scoring { SOFTMAX = 0, SIGMOID = 1, SQRT_SOFTPLUS = 2, SPARSE_MIXER = 3 };
 enum SelectBy { SCORES = 0, LOGITS = 1 };
 enum GroupScore { GROUP_MAX = 0, GROUP_SUM_TOP2 = 1 };
 enum EpsilonMode { EPSILON_ADD = 0, EPSILON_CLAMP = 1 };
+enum LogitsType { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 struct RouterLaunch {
   const void* logits;           // (num_parts, num_tokens, num_experts), to be added part by part
@@ -42,8 +48,9 @@ struct RouterLaunch {
   float mixer_eps;              // of SPARSE_MIXER
   int vocab_size;
   int words_per_warp;           // of shared memory
+  int logits_type, padding;
 };
-static_assert(sizeof(RouterLaunch) == 160, "cumoe/gpu/route.py packs 160 bytes");
+static_assert(sizeof(RouterLaunch) == 168, "cumoe/gpu/route.py packs 168 bytes");
 
 constexpr uint32 TAKEN = 0, NAN_KEY = 1;
 
@@ -58,34 +65,48 @@ __device__ __forceinline__ float score_of(uint32 key) {
   return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
 
-// The `count` largest of n <= 1024 keys, one after the other, among equals the lowest index first: visit(i, index) is called
-// by all lanes. key_at(index) is asked for again only by the lane whose key was taken.
-template <typename KeyAt, typename Visit>
-__device__ __forceinline__ void take_best(int n, int count, int lane, KeyAt key_at, Visit visit) {
-  uint32 taken = 0, best_key, best_index;  // bit i: index lane + 32 i
-  auto look = [&] {
-    best_key = TAKEN, best_index = 0x7fffffffu;
-#pragma unroll 4
-    for (int i = 0, index = lane; index < n; ++i, index += WARP) {
-      uint32 key = taken >> i & 1 ? TAKEN : key_at(index);
-      if (key > best_key) best_key = key, best_index = (uint32)index;
-    }
-  };
-  look();
+// Whether experts are ranked by something else than their logits.
+__device__ __forceinline__ bool ranks_apart(const RouterLaunch& p) { return p.selection_bias || p.num_groups > 1; }
+
+// The key of an expert whose score, or logit, is `value`.
+__device__ __forceinline__ uint32 ranked(const RouterLaunch& p, int expert, float value) {
+  return key_of(p.selection_bias ? value + p.selection_bias[expert] : value);
+}
+
+// The score of a logit that needs no others.
+__device__ __forceinline__ float score_alone(const RouterLaunch& p, float logit) {
+  if (p.scoring == SIGMOID) return __fdividef(1.0f, 1.0f + expf(-logit));
+  // Beyond 20 softplus is l or e^l up to e^-20 = 2e-9; below, the root is taken of e^l itself, which may underflow.
+  if (logit < -20.0f) return expf(0.5f * logit);
+  return sqrtf(logit > 20.0f ? logit : log1pf(expf(logit)));
+}
+
+// Fills the shared memory of `count` tokens, which are at most WARPS: the sums of all parts, and keys that need no softmax.
+template <int WARPS, typename T>
+__device__ __forceinline__ void load(const RouterLaunch& p, int64 first_token, int count, uint32* smem) {
+  constexpr int THREADS = WARPS * WARP;
+  int picked = max(p.top_k, p.num_groups), across = min(THREADS, ceil_div(p.num_experts, WARP) * WARP);
+  bool scores = ranks_apart(p) && !(p.scoring == SOFTMAX && p.select_by == SCORES);
 #pragma unroll 1
-  for (int i = 0; i < count; ++i) {
-    uint32 top = __reduce_max_sync(FULL_MASK, best_key);
-    uint32 index = __reduce_min_sync(FULL_MASK, best_key == top ? best_index : 0x7fffffffu);
-    visit(i, (int)index);
-    if ((int)index % WARP == lane) {
-      taken |= 1u << index / WARP;
-      look();
+  for (int t = threadIdx.x / across; t < count && (int)threadIdx.x < THREADS / across * across; t += THREADS / across) {
+    const T* row = static_cast<const T*>(p.logits) + (first_token + t) * p.row_stride;
+    uint32* words = smem + t * p.words_per_warp + picked;
+#pragma unroll 1
+    for (int e = threadIdx.x % across; e < p.num_experts; e += across) {
+      const T* at = row + e * p.col_stride;
+      float value = to_float(*at);  // a single part stays as it is: a sum would flush subnormals
+#pragma unroll 8
+      for (int part = 1; part < p.num_parts; ++part) value += to_float(at[part * p.part_stride]);
+      if (p.router_bias) value += p.router_bias[e];
+      if (p.softcap > 0.0f) value = p.softcap * tanhf(value / p.softcap);
+      words[e] = __float_as_uint(value);
+      if (scores) words[p.num_experts + e] = ranked(p, e, p.select_by == LOGITS ? value : score_alone(p, value));
     }
-    __syncwarp();
   }
 }
 
-struct Token {
+// KEYS: experts of a lane, of which there are at most 32 KEYS in all.
+template <int KEYS> struct Token {
   const RouterLaunch& p;
   float* logits;  // (num_experts)
   uint32* words;  // (max(top_k, num_groups)) group keys first, chosen ids later
@@ -93,44 +114,10 @@ struct Token {
   int lane;
   float largest, denominator;  // of the softmax over all experts
 
-  // Sums the parts of a row, several experts of a lane and four parts at a time on their way.
-  template <typename T> __device__ __forceinline__ void load(const T* row) {
-    constexpr int AHEAD = 8;
-    for (int first = lane; first < p.num_experts; first += AHEAD * WARP) {
-      float sum[AHEAD] = {};
-#pragma unroll 4
-      for (int part = 0; part < p.num_parts; ++part) {
-#pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
-          int e = min(first + i * WARP, p.num_experts - 1);  // the last one again: no branch around a load
-          float value = to_float(row[part * p.part_stride + e * p.col_stride]);
-          sum[i] = part == 0 ? value : sum[i] + value;  // a single part stays as it is: a sum would flush subnormals
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < AHEAD; ++i) {
-        int e = first + i * WARP;
-        if (e < p.num_experts) {
-          float value = p.router_bias ? sum[i] + p.router_bias[e] : sum[i];
-          logits[e] = p.softcap > 0.0f ? p.softcap * tanhf(value / p.softcap) : value;
-        }
-      }
-    }
-    __syncwarp();
-  }
-
   __device__ __forceinline__ float logit(int expert) const { return logits[expert]; }
 
-  // Whether experts are ranked by something else than their logits.
-  __device__ __forceinline__ bool ranks_apart() const { return p.selection_bias || p.num_groups > 1; }
-
-  // The score of a logit, or of a logit moved by `shift` when all chosen ones lie far below zero (see weigh).
   __device__ __forceinline__ float score(float logit) const {
-    if (p.scoring == SOFTMAX) return expf(logit - largest) / denominator;
-    if (p.scoring == SIGMOID) return 1.0f / (1.0f + expf(-logit));
-    // Beyond 20 softplus is l or e^l up to e^-20 = 2e-9; below, the root is taken of e^l itself, which may underflow.
-    if (logit < -20.0f) return expf(0.5f * logit);
-    return sqrtf(logit > 20.0f ? logit : log1pf(expf(logit)));
+    return p.scoring == SOFTMAX ? expf(logit - largest) / denominator : score_alone(p, logit);
   }
 
   __device__ __forceinline__ bool exists(int expert) const { return expert >= 0 && expert < p.num_experts; }
@@ -151,13 +138,14 @@ struct Token {
   }
 
   __device__ __forceinline__ void rank() {
-    if (p.scoring == SOFTMAX && p.select_by == SCORES) softmax_over(p.num_experts, [&](int e) { return logit(e); });
-    if (p.expert_table || !ranks_apart()) return;
-    for (int e = lane; e < p.num_experts; e += WARP) {
-      float value = p.select_by == LOGITS ? logit(e) : score(logit(e));
-      keys[e] = key_of(p.selection_bias ? value + p.selection_bias[e] : value);
+    bool softmax = p.scoring == SOFTMAX && p.select_by == SCORES;
+    if (softmax) softmax_over(p.num_experts, [&](int e) { return logit(e); });
+    if (p.expert_table || !ranks_apart(p)) return;
+    if (softmax) {
+#pragma unroll 1
+      for (int e = lane; e < p.num_experts; e += WARP) keys[e] = ranked(p, e, score(logit(e)));
+      __syncwarp();
     }
-    __syncwarp();
     if (p.num_groups > 1) drop_groups();
   }
 
@@ -166,17 +154,23 @@ struct Token {
     int size = p.num_experts / p.num_groups, share = 1;  // lanes that share a group
     while (2 * share * p.num_groups <= WARP) share *= 2;
     int steps = ceil_div(size, share);
+#pragma unroll 1
     for (int base = 0; base < p.num_groups; base += WARP / share) {
       int group = base + lane / share;
       uint32 first = TAKEN, second = TAKEN;
+      int step = group % steps;  // groups begin at different banks
+#pragma unroll 1
       for (int i = 0; i < steps && group < p.num_groups; ++i) {
-        int member = (i + group) % steps * share + lane % share;  // groups begin at different banks
+        int member = step * share + lane % share;
         uint32 key = member < size ? keys[group * size + member] : TAKEN;
-        if (key > first) { second = first; first = key; }
-        else if (key > second) second = key;
+        second = max(second, min(first, key));
+        first = max(first, key);
+        if (++step == steps) step = 0;
       }
-      for (int step = 1; step < share; step *= 2) {
-        uint32 other_first = __shfl_xor_sync(FULL_MASK, first, step), other_second = __shfl_xor_sync(FULL_MASK, second, step);
+#pragma unroll 1
+      for (int lanes = 1; lanes < share; lanes *= 2) {
+        uint32 other_first = __shfl_xor_sync(FULL_MASK, first, lanes);
+        uint32 other_second = __shfl_xor_sync(FULL_MASK, second, lanes);
         second = max(min(first, other_first), max(second, other_second));
         first = max(first, other_first);
       }
@@ -185,12 +179,15 @@ struct Token {
         words[group] = key_of(pair ? score_of(first) + score_of(second) : score_of(first));
     }
     __syncwarp();
-    auto key_at = [&](int group) { return words[group]; };
-    take_best(p.num_groups, p.top_groups, lane, key_at, [&](int, int group) {
-      if (group % WARP == lane) words[group] = TAKEN;
-    });
-    for (int e = lane; e < p.num_experts; e += WARP)
-      if (words[e / size] != TAKEN) keys[e] = key_of(p.dropped_value);
+#pragma unroll 1
+    for (int group = lane / share; group < p.num_groups; group += WARP / share) {
+      uint32 own = words[group];
+      int better = 0;
+#pragma unroll 1
+      for (int g = 0; g < p.num_groups; ++g) better += words[g] > own || (words[g] == own && g < group);
+      if (better < p.top_groups) continue;
+      for (int member = lane % share; member < size; member += share) keys[group * size + member] = key_of(p.dropped_value);
+    }
     __syncwarp();
   }
 
@@ -202,9 +199,33 @@ struct Token {
   }
 
   __device__ __forceinline__ void choose() {
-    auto visit = [&](int j, int expert) { if (lane == 0) words[j] = expert; };
-    if (ranks_apart()) take_best(p.num_experts, p.top_k, lane, [&](int e) { return keys[e]; }, visit);
-    else take_best(p.num_experts, p.top_k, lane, [&](int e) { return key_of(logits[e]); }, visit);
+    uint32 own[KEYS], best;
+    int at;
+#pragma unroll
+    for (int i = 0; i < KEYS; ++i) {
+      int e = lane + i * WARP;
+      own[i] = e >= p.num_experts ? TAKEN : ranks_apart(p) ? keys[e] : key_of(logits[e]);
+    }
+    auto look = [&] {
+      best = TAKEN, at = 0;
+#pragma unroll
+      for (int i = 0; i < KEYS; ++i)
+        if (own[i] > best) best = own[i], at = i;
+    };
+    look();
+#pragma unroll 1
+    for (int j = 0; j < p.top_k; ++j) {
+      uint32 top = __reduce_max_sync(FULL_MASK, best);
+      uint32 expert = __reduce_min_sync(FULL_MASK, best == top ? (uint32)(lane + at * WARP) : 0xffffffffu);
+      if (expert % WARP == (uint32)lane) {
+        words[j] = expert;
+#pragma unroll
+        for (int i = 0; i < KEYS; ++i)
+          if (i == at) own[i] = TAKEN;
+        look();
+      }
+      __syncwarp();
+    }
   }
 
   __device__ __forceinline__ float raw_weight(int j, float shift) const {
@@ -269,17 +290,29 @@ struct Token {
   }
 };
 
-// The token's ids and weights, written by the calling warp; `words` is its part of shared memory.
-template <typename T> __device__ __forceinline__ void route_token(const RouterLaunch& launch, int64 token, uint32* words) {
-  int picked = max(launch.top_k, launch.num_groups);
+// The ids and weights of tokens begin .. end - 1, written by the whole block.
+template <int KEYS, int WARPS>
+__device__ __forceinline__ void route_tokens(const RouterLaunch& launch, int64 begin, int64 end, uint32* smem) {
+  int warp = threadIdx.x / WARP, picked = max(launch.top_k, launch.num_groups);
+  uint32* words = smem + warp * launch.words_per_warp;
   float* logits = reinterpret_cast<float*>(words) + picked;
-  Token row{launch, logits, words, words + picked + launch.num_experts, (int)threadIdx.x % WARP, 0.0f, 1.0f};
-  row.load(static_cast<const T*>(launch.logits) + token * launch.row_stride);
-  row.rank();
-  if (launch.expert_table) row.look_up(token);
-  else row.choose();
-  if (launch.scoring == SPARSE_MIXER) row.mix(token);
-  else row.weigh(token);
+#pragma unroll 1
+  for (int64 first = begin; first < end; first += WARPS) {
+    int count = end - first < WARPS ? (int)(end - first) : WARPS;
+    if (launch.logits_type == FLOAT32) load<WARPS, float>(launch, first, count, smem);
+    else if (launch.logits_type == BFLOAT16) load<WARPS, bf16>(launch, first, count, smem);
+    else load<WARPS, fp16>(launch, first, count, smem);
+    __syncthreads();
+    if (warp < count) {
+      Token<KEYS> row{launch, logits, words, words + picked + launch.num_experts, (int)threadIdx.x % WARP, 0.0f, 1.0f};
+      row.rank();
+      if (launch.expert_table) row.look_up(first + warp);
+      else row.choose();
+      if (launch.scoring == SPARSE_MIXER) row.mix(first + warp);
+      else row.weigh(first + warp);
+    }
+    __syncthreads();
+  }
 }
 
 }  // namespace route

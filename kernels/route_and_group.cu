@@ -1,14 +1,12 @@
 // route_and_group: router logits -> topk_ids, topk_weights, and the order in which the experts read the slots; one launch
 // where one block can place all slots, else the first of two.
 //
-//   grid     each block routes a run of neighbouring tokens, tokens_per_warp by each warp, one after the other
+//   grid     each block routes a run of tokens_per_block neighbouring tokens; see route.cuh
 //   then     PLACE: the block that ends last sorts all slots (at most 4096); the others are gone by then
 //            PUBLISH: every block counts its own slots, and group_place follows with the same blocks
-//   block    32 warps, or 8 for few tokens and where shared memory is short
-//   smem     words_per_warp words a warp (see route.cuh), then the counters of group.cuh in the same place
+//   block    32 warps, or 8 for few slots and where shared memory is short
+//   smem     words_per_warp words a warp that routes (see route.cuh), then the counters of group.cuh in the same place
 //
-//   barrier            means
-//   before the count   all ids of the block are written, and nobody reads the logits in shared memory any more
 //   blocks_done        counter in global memory, 0 between launches: ids written before an arrival are seen by the last one
 //
 // Which block comes last decides only who works: positions follow from the ids alone.
@@ -24,9 +22,9 @@ struct RouteAndGroupLaunch {
   route::RouterLaunch router;
   group::GroupLaunch group;
   int* blocks_done;
-  int tokens_per_warp, then;
+  int tokens_per_block, then;
 };
-static_assert(sizeof(RouteAndGroupLaunch) == 248, "cumoe/gpu/route_and_group.py packs 248 bytes");
+static_assert(sizeof(RouteAndGroupLaunch) == 256, "cumoe/gpu/route_and_group.py packs 256 bytes");
 
 // Whether all other blocks have come here before this one. Sets the counter back for the next launch.
 __device__ __forceinline__ bool comes_last(int* blocks_done) {
@@ -41,40 +39,35 @@ __device__ __forceinline__ bool comes_last(int* blocks_done) {
   return last;
 }
 
-template <typename T, int WARPS> __device__ __forceinline__ void run(const RouteAndGroupLaunch& launch) {
+template <int KEYS, int WARPS> __device__ __forceinline__ void run(const RouteAndGroupLaunch& launch) {
   extern __shared__ uint32 dynamic_smem[];
   wait_for_previous_kernel();
   launch_next_kernel();
-  int warp = threadIdx.x / WARP;
-  int64 begin = ((int64)blockIdx.x * WARPS + warp) * launch.tokens_per_warp, num_tokens = launch.router.num_tokens;
-  int64 end = begin + launch.tokens_per_warp < num_tokens ? begin + launch.tokens_per_warp : num_tokens;
-  for (int64 token = begin; token < end; ++token) {
-    route::route_token<T>(launch.router, token, dynamic_smem + warp * launch.router.words_per_warp);
-    __syncwarp();  // the next token's logits take the place of these
-  }
-  __syncthreads();
+  int64 begin = (int64)blockIdx.x * launch.tokens_per_block, end = begin + launch.tokens_per_block;
+  if (end > launch.router.num_tokens) end = launch.router.num_tokens;
+  route::route_tokens<KEYS, WARPS>(launch.router, begin, end, dynamic_smem);
   int* histograms = reinterpret_cast<int*>(dynamic_smem);
-  if (launch.then == PUBLISH) {
-    group::Part part{(int)blockIdx.x, (int)gridDim.x};
+  group::Part part{(int)blockIdx.x, (int)gridDim.x};
+  if (launch.then == PLACE && gridDim.x > 1 && !comes_last(launch.blocks_done)) return;
+  if (launch.then == PLACE) {
+    group::place<WARPS>(launch.group, {0, 1}, histograms);
+  } else {
     group::count<WARPS>(launch.group, part, histograms);
     group::publish<WARPS>(launch.group, part, histograms);
-  } else if (gridDim.x == 1 || comes_last(launch.blocks_done)) {
-    group::count<WARPS>(launch.group, {0, 1}, histograms);
-    group::place<WARPS>(launch.group, {0, 1}, histograms);
   }
 }
 
 }  // namespace route_and_group
 
-#define ROUTE_AND_GROUP(NAME, T, WARPS)                                       \
-  extern "C" __global__ void __launch_bounds__(WARPS * WARP)                  \
+#define ROUTE_AND_GROUP(NAME, KEYS, WARPS)                                    \
+  extern "C" __global__ void __launch_bounds__(WARPS * WARP, 1)               \
       NAME(const __grid_constant__ route_and_group::RouteAndGroupLaunch launch) { \
-    route_and_group::run<T, WARPS>(launch);                                   \
+    route_and_group::run<KEYS, WARPS>(launch);                                \
   }
 
-ROUTE_AND_GROUP(route_and_group_float32, float, 32)
-ROUTE_AND_GROUP(route_and_group_bfloat16, bf16, 32)
-ROUTE_AND_GROUP(route_and_group_float16, fp16, 32)
-ROUTE_AND_GROUP(route_and_group_float32_few, float, 8)
-ROUTE_AND_GROUP(route_and_group_bfloat16_few, bf16, 8)
-ROUTE_AND_GROUP(route_and_group_float16_few, fp16, 8)
+ROUTE_AND_GROUP(route_and_group_8, 8, 32)
+ROUTE_AND_GROUP(route_and_group_16, 16, 32)
+ROUTE_AND_GROUP(route_and_group_32, 32, 32)
+ROUTE_AND_GROUP(route_and_group_8_few, 8, 8)
+ROUTE_AND_GROUP(route_and_group_16_few, 16, 8)
+ROUTE_AND_GROUP(route_and_group_32_few, 32, 8)

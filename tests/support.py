@@ -1,4 +1,4 @@
-"""What the tests share: backends, random layers, and one way to compare."""
+"""What the tests share: backends and random layers; cumoe.testing compares."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,16 +8,22 @@ import numpy as np
 
 import cumoe
 from cumoe.gpu.compile import gpu_is_there
+from cumoe.testing import TOLERANCE, assert_close, relative_error
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": BF16}
-TOLERANCE = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 5e-3}
-"""Largest relative Frobenius distance from float64 on the same inputs."""
-
-FLOOR = {"float32": 1e-36, "float16": 2.0**-22, "bfloat16": 1e-36}
-"""What an element may be off where numbers are so small that the dtype has no digits left: a few subnormal steps."""
-
-__all__ = ["BF16", "CPU", "DTYPES", "GPU", "TOLERANCE", "Layer", "assert_close", "gpu_is_there", "random_layer"]
+__all__ = [
+    "BF16",
+    "CPU",
+    "DTYPES",
+    "GPU",
+    "TOLERANCE",
+    "Layer",
+    "assert_close",
+    "gpu_is_there",
+    "random_layer",
+    "relative_error",
+]
 
 
 class Cpu:
@@ -57,30 +63,6 @@ class Gpu:
 
 
 CPU, GPU = Cpu(), Gpu()
-
-
-def relative_error(got, expected, floor=0.0):
-    """Return the relative Frobenius distance beyond `floor` an element; inf where NaN appears."""
-    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
-    assert got.shape == expected.shape, (got.shape, expected.shape)
-    distance = np.linalg.norm(got - expected)
-    if np.isnan(distance):
-        return np.inf
-    distance = max(0.0, distance - floor * got.size**0.5)
-    return 0.0 if distance == 0 else distance / max(np.linalg.norm(expected), 1e-300)
-
-
-def assert_close(got, expected, dtype, what=""):
-    """Fail unless `got` is within the tolerance of its dtype; say where the largest difference is."""
-    name = np.dtype(dtype).name
-    error = relative_error(got, expected, FLOOR[name])
-    if not error < TOLERANCE[name]:
-        difference = np.abs(np.asarray(got, np.float64) - np.asarray(expected, np.float64))
-        worst = np.unravel_index(np.argmax(np.nan_to_num(difference, nan=np.inf)), difference.shape)
-        raise AssertionError(
-            f"{what} {name}: relative error {error:.2e}, allowed {TOLERANCE[name]:.0e}; "
-            f"worst at {tuple(map(int, worst))}: got {got[worst]}, expected {expected[worst]}"
-        )
 
 
 @dataclass

@@ -2,10 +2,9 @@
 
 import shutil
 
-import ml_dtypes
 import numpy as np
 import pytest
-from support import CPU, assert_close
+from support import assert_close
 
 import cumoe
 from cumoe.checkpoint.config import ALIASES, Key
@@ -14,57 +13,43 @@ from cumoe.checkpoint.families import FAMILIES
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.23")
 
+from checkpoint_oracles import STORED, make, run  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
-from transformers_models import MODELS, build, expected  # noqa: E402
+from transformers_models import MODELS, build  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of the other libraries
-
-NUM_TOKENS = 13
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Return a function that gives (folder of the checkpoint, x, input_ids, y of the module), made once a model."""
+    """Return a function that gives (folder of the checkpoints, x, input_ids, y of the module), made once a model."""
     made = {}
     transformers.utils.logging.disable_progress_bar()
 
     def save(name):
         if name not in made:
-            model = MODELS[name]
-            built = build(model, name)
             folder = tmp_path_factory.mktemp("checkpoint")
-            sizes = {"max_shard_size": "20KB"} if len(name) % 2 else {}  # some whole, some with an index
-            built.save_pretrained(folder / "float32", **sizes)
-            type(built).from_pretrained(folder / "float32", dtype=torch.bfloat16).save_pretrained(folder / "bfloat16")
-            rng = np.random.default_rng(5)
-            x = rng.standard_normal((NUM_TOKENS, 40)).astype(ml_dtypes.bfloat16).astype(np.float32)
-            ids = rng.integers(0, 32, NUM_TOKENS) if "hash" in name else None
-            made[name] = folder, x, ids, expected(built, model, x, ids)
+            make(folder, name, MODELS[name])
+            module = np.load(folder / "module.npz")
+            made[name] = folder, module["x"], module.get("input_ids"), module["y"]
         return made[name]
 
     return save
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", STORED)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_loaded_layer_is_the_module(backend, saved, name, dtype):
-    """The weights are numbers that bfloat16 holds, so that both dtypes have the float32 module as their truth.
-
-    That module is within 6e-7 of float64; so no near tie of a rounded router decides about an expert.
-    """
-    folder, x, ids, y = saved(name)
-    layer = cumoe.load(folder / dtype, MODELS[name].layer, device="cpu" if backend is CPU else "gpu")
-    assert layer.experts.dtype.name == dtype
-    tokens = backend.asarray(x.astype(layer.experts.dtype))
-    got = layer(tokens, input_ids=None if ids is None else backend.asarray(ids))
-    assert got.dtype == layer.experts.dtype
-    assert_close(backend.asnumpy(got), y, layer.experts.dtype, name)
+    """In float64. So no near tie of a rounded router decides about an expert."""
+    folder, *_ = saved(name)
+    got, expected = run(folder, dtype, backend)
+    assert_close(got, expected, dtype, name)
 
 
 @pytest.mark.parametrize("name", [
     "axk1", "aria", "dbrx", "deepseek_v3", "deepseek_v4", "exaone_moe", "granitemoeshared", "hy_v4", "kimi_linear",
-    "minimax_m2", "minimax_m3_vl", "mixtral", "nemotron_h", "phimoe", "qwen2_moe", "step3p7",
+    "longcat_flash", "minimax_m2", "minimax_m3_vl", "mixtral", "nemotron_h", "phimoe", "qwen2_moe", "step3p7",
 ])  # fmt: skip
 def test_the_names_of_the_modules_do_as_well(saved, tmp_path, name):
     """As transformers saves them where it does not go back to the names of the original checkpoints."""

@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from support import DTYPES, assert_close, gpu_is_there, random_layer
 
 import cumoe
+from cumoe.bench.replication import replicate
 from cumoe.cli import demo as demo_module
 from cumoe.cli.families import FAMILIES
 from cumoe.cli.layer import CHUNK, draw, draw_layer
 from cumoe.cli.machine import Cpu, choose_machine
 from cumoe.cli.main import main
 from cumoe.cli.measure import Measurement, measure, relative_difference
-from cumoe.cli.replication import replicate
 
 HIDDEN = 48
 

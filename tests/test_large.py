@@ -52,13 +52,11 @@ def test_weight_stack_over_2_31_elements(dtype, transposed):
     assert_close(GPU.asnumpy(y), expected, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("hidden_size", [4224, 4223])
-def test_rows_over_2_31_elements(dtype, hidden_size):
-    """65,546 tokens x 8 rows x 4,224 columns: first and last tokens are right, also where nothing is aligned."""
+def check_first_and_last_tokens(dtype, hidden_size, intermediate_size, elements):
+    """Compare ten tokens of 65,546 with their definition; all others are NaN."""
     cupy = pytest.importorskip("cupy")
-    dtype, num_tokens, top_k, num_experts, intermediate_size = DTYPES[dtype], 65546, 8, 9, 16
-    assert num_tokens * top_k * hidden_size > 2**31
+    num_tokens, top_k, num_experts = 65546, 8, 9
+    assert num_tokens * top_k * max(hidden_size, intermediate_size) > elements
     rng = np.random.default_rng(1)
 
     def normal(*shape, scale):
@@ -81,3 +79,22 @@ def test_rows_over_2_31_elements(dtype, hidden_size):
     assert_close(GPU.asnumpy(y[cupy.asarray(looked_at)]), expected, dtype)
     del x, y
     cupy.get_default_memory_pool().free_all_blocks()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden_size", [4224, 4223])
+def test_rows_over_2_31_elements(dtype, hidden_size):
+    """65,546 tokens x 8 rows x 4,224 columns: first and last tokens are right, also where nothing is aligned."""
+    check_first_and_last_tokens(DTYPES[dtype], hidden_size=hidden_size, intermediate_size=16, elements=2**31)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_hidden_rows_over_2_31_elements(dtype):
+    """65,546 tokens x 8 rows x 4,224 hidden numbers: what one projection writes and the other reads."""
+    check_first_and_last_tokens(DTYPES[dtype], hidden_size=72, intermediate_size=4224, elements=2**31)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rows_over_2_32_elements(dtype):
+    """65,546 tokens x 8 rows x 8,256 columns: more than an unsigned integer counts."""
+    check_first_and_last_tokens(DTYPES[dtype], hidden_size=8256, intermediate_size=16, elements=2**32)

@@ -60,6 +60,7 @@ VALID = {
     call_layer: {"x": ones(3, 5), "router": cumoe.Router(2), "experts": experts, "router_weight": ones(6, 5)},
     workspace_bytes: {"num_tokens": 3, "router": cumoe.Router(2), "experts": experts},
     cumoe.show_config: {"mode": "dicts"},
+    cumoe.expert_load: {"routing": routing, "num_experts": 6},
 }
 """Arguments that are accepted. A NumPy array is moved to the backend; a function is called with its `asarray`."""
 
@@ -264,6 +265,15 @@ ROWS = {
     ],
     workspace_bytes: counts("num_tokens", 0),
     cumoe.show_config: words("mode", "'stdout' or 'dicts'"),
+    cumoe.expert_load: [
+        *counts("num_experts", 1), *words("scoring", "'softmax' or 'sigmoid'"),
+        *arrays("router_logits", (3, 6), FLOATS, "num_tokens=3, num_experts=6"),
+        ({"routing": ones(2, 3, 2)}, TYPE, "routing", "a pair", "ndarray"),
+        ({"routing": lambda a: routing(a, ids_dtype=F32)}, TYPE, "topk_ids", INTEGERS, "float32"),
+        ({"routing": lambda a: routing(a, ids=(3,))}, VALUE, "topk_ids", "2 dimensions (num_tokens, top_k)", "(3,)"),
+        ({"routing": lambda a: routing(a, weights=(2, 3))}, VALUE, "topk_weights", "num_tokens=3, top_k=2", "(2, 3)"),
+        ({"router_logits": lambda a: a(ones(3, 6)), "num_experts": 5}, VALUE, "router_logits", "experts=5", "(3, 6)"),
+    ],
 }  # fmt: skip
 
 
@@ -339,6 +349,7 @@ GPU_ROWS = [
     (cumoe.moe, {"out": lambda a: a(ones(3, 10))[:, ::2]}, VALUE, "out", "a C-contiguous array on a GPU", "strides"),
     (cumoe.route, {"router_logits": ones(3, 1025)}, VALUE, "num_experts", "an int from 1 to 1024 on a GPU", "1025"),
     (cumoe.group, {"num_experts": 1025}, VALUE, "num_experts", "an int from 1 to 1024 on a GPU", "1025"),
+    (cumoe.expert_load, {"num_experts": 1025}, VALUE, "num_experts", "an int from 1 to 1024 on a GPU", "1025"),
     (cumoe.MoE, {"experts": lambda a: experts(a, 1025)}, VALUE, "num_experts", "1 to 1024 on a GPU", "1025"),
 ]  # fmt: skip
 

@@ -15,6 +15,7 @@ from cumoe.checkpoint.projections import (
     PACKED,
     PACKED_COLUMNS,
     PACKED_LINEAR,
+    PACKED_WITH_ROOM,
     ROWS,
     STACKED,
     UNGATED,
@@ -46,7 +47,9 @@ def _dbrx_activation(config: Config) -> str:
 GPT_OSS = {
     "name": "silu", "alpha": Key("swiglu_alpha", 1.702), "limit": Key("swiglu_limit", 7.0), "up_offset": 1.0,
 }  # fmt: skip
-LIMITED = {"name": Key("hidden_act", "silu"), "limit": Key("swiglu_limit", 10.0)}
+BY_CONFIG = {"name": Key("hidden_act", "silu")}
+LIMITED = BY_CONFIG | {"limit": Key("swiglu_limit", 10.0)}
+LIMITED_SILU = LIMITED | {"name": "silu"}  # whatever hidden_act says
 
 SHARED = mlp("shared_experts")
 BIAS = ("gate.e_score_correction_bias",)
@@ -109,6 +112,7 @@ FAMILIES: dict[str, Family] = {
     "aria": Family(
         {"top_k": top_k(2), "select_by": "logits"},
         (FC, PACKED_COLUMNS), router=("router.weight",), shared=(SHARED,), intermediate_size="intermediate_size",
+        activation={"name": "silu"}, shared_activation=BY_CONFIG,
     ),
     "axk1": _deepseek_v3_like(
         8, 8, 4, True, 2.5, output_norm=("../post_mlp_layernorm.weight", "post_mlp_layernorm.weight"), norm_eps=NORM_EPS
@@ -169,7 +173,7 @@ FAMILIES: dict[str, Family] = {
     "glm4_moe": _deepseek_v3_like(8, 1, 1, True, 1.0),
     "glm4_moe_lite": _deepseek_v3_like(4, 1, 1, True, 1.8),
     "glm4v_moe": _deepseek_v3_like(8, 1, 1, True, 1.0),
-    "glm5_next": _deepseek_v3_like(8, 1, 1, True, 2.5, activation=LIMITED),
+    "glm5_next": _deepseek_v3_like(8, 1, 1, True, 2.5, activation=LIMITED_SILU, shared_activation=LIMITED),
     "glm_moe_dsa": _deepseek_v3_like(8, 1, 1, True, 2.5),
     "gpt_oss": GPT_OSS_FAMILY,
     "granitemoe": GRANITE,
@@ -186,8 +190,8 @@ FAMILIES: dict[str, Family] = {
         shared=(mlp("shared_mlp"), SHARED),
     ),
     "hy_v4": _deepseek_v3_like(
-        8, 1, 1, True, 2.827, shared=(mlp("shared_experts", gate="linear_gate"), SHARED), activation=LIMITED,
-        shared_activation={"name": Key("hidden_act", "silu")},
+        8, 1, 1, True, 2.827, shared=(mlp("shared_experts", gate="linear_gate"), SHARED), activation=LIMITED_SILU,
+        shared_activation=BY_CONFIG,
     ),
     "jamba": Family(
         softmax(2, False), blocks=("feed_forward",), router=("router.weight",), intermediate_size="intermediate_size"
@@ -220,7 +224,7 @@ FAMILIES: dict[str, Family] = {
         intermediate_size="intermediate_size",
     ),
     "longcat_flash": Family(
-        {"top_k": top_k(12), "scale": Key("routed_scaling_factor", 6.0)},
+        {"top_k": top_k(12), "scale": Key("routed_scaling_factor", 6.0)}, (LINEAR, PACKED_WITH_ROOM),
         router=("router.classifier.weight",), selection_bias=("router.e_score_correction_bias",),
         num_identity_experts=Key("zero_expert_num", 256), intermediate_size="expert_ffn_hidden_size",
     ),

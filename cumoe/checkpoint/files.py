@@ -1,4 +1,4 @@
-"""The safetensors files of a checkpoint: which tensor lies where, and views of them without a copy."""
+"""The safetensors files of a checkpoint: which tensor lies where, views of tensors, and reading of their bytes."""
 
 import json
 import math
@@ -17,8 +17,6 @@ DTYPES = {
     "I16": np.dtype(np.int16), "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8),
 }  # fmt: skip
 """Names of dtypes in a safetensors header; files may hold others, which no array of a layer is made of."""
-
-PIECE_BYTES = 8 << 20
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -118,26 +116,12 @@ class Files:
             raise ValueError(refuse(name, f"a tensor of this name in {file.name}, as {INDEX} says", "none"))
         return header[name]
 
-    def view(self, tensor: Tensor) -> np.ndarray:
-        """Return the tensor as a read-only array on the mapped file: its bytes are read when they are looked at."""
+    def view(self, tensor: Tensor, shape: tuple[int, ...]) -> np.ndarray:
+        """Return the first numbers of a tensor as a read-only array on the mapped file, read when they are used."""
         assert tensor.dtype is not None
-        data = np.frombuffer(self._map(tensor.file), np.uint8, tensor.num_bytes, tensor.begin)
-        return data.view(tensor.dtype).reshape(tensor.shape)
-
-    def fetch(self, tensor: Tensor) -> None:
-        """Read the tensor into the system's cache, in large pieces: page by page, at the first look, is slower."""
-        piece = bytearray(min(PIECE_BYTES, tensor.num_bytes))
-        with tensor.file.open("rb", buffering=0) as stream:
-            stream.seek(tensor.begin)
-            left = tensor.num_bytes
-            while left > 0 and (got := stream.readinto(memoryview(piece)[:left])):
-                left -= got
-
-    def release(self, tensor: Tensor) -> None:
-        """Say that the tensor has been used: its pages count no longer as memory of this process."""
-        if hasattr(mmap, "MADV_DONTNEED"):  # not on every system
-            begin = tensor.begin // mmap.PAGESIZE * mmap.PAGESIZE
-            self._map(tensor.file).madvise(mmap.MADV_DONTNEED, begin, tensor.begin + tensor.num_bytes - begin)
+        num_bytes = math.prod(shape) * tensor.dtype.itemsize
+        data = np.frombuffer(self._map(tensor.file), np.uint8, num_bytes, tensor.begin)
+        return data.view(tensor.dtype).reshape(shape)
 
     def _map(self, file: Path) -> mmap.mmap:
         if file not in self._maps:
@@ -176,6 +160,25 @@ def read_header(file: Path) -> dict[str, Tensor]:
             raise ValueError(refuse(tensor.name, f"{what} in {file.name}", f"{tensor.num_bytes} bytes"))
     _let_the_library_judge(file)
     return found
+
+
+def read_into(file: Path, begin: int, memory: np.ndarray) -> None:
+    """Fill an array of bytes from a file, in large pieces and without the interpreter's lock.
+
+    Raises
+    ------
+    ValueError
+        If the file has become shorter than its header said.
+    """
+    left = memory.data
+    with file.open("rb", buffering=0) as stream:
+        stream.seek(begin)
+        while left:
+            got = stream.readinto(left)
+            if not got:
+                what = f"a file that stays as it is, of {begin + memory.nbytes} bytes or more"
+                raise ValueError(refuse(str(file), what, f"{file.stat().st_size} bytes while it was read"))
+            left = left[got:]
 
 
 def _tensor(name: str, file: Path, entry: dict[str, Any], data: int) -> Tensor:

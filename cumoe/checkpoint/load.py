@@ -109,16 +109,18 @@ def load(
         If a tensor has a dtype that no layer computes with, or not that of its neighbours.
     ValueError
         If the family is unknown, the layer is dense or not there, the checkpoint is quantised, a tensor is missing or
-        of another shape than config.json says, a file is truncated, or a word is unknown.
+        of another shape than config.json says, a file is truncated or becomes so meanwhile, or a word is unknown.
     RuntimeError
         If device="gpu" and there is none.
+    MemoryError
+        If the device has no room for the layer.
 
     Notes
     -----
-    Everything is checked before the first weight is read. Each byte of the layer's tensors is read once, from the
-    mapped file to its place, while a thread reads up to 256 MiB ahead; no other layer's bytes are touched. The host
-    needs no more memory than that, and on the CPU the arrays themselves. Matrices that a checkpoint stores transposed
-    or interleaved stay so and are read through strides.
+    Everything is checked before the first weight is read. Each byte of the layer's tensors is read once, by up to eight
+    threads in pieces of 8 MiB; no other layer's bytes are touched. On the way to a GPU the host holds two pieces a
+    thread, 128 MiB of pinned memory, and the call returns when all have arrived. On the CPU pieces are read into the
+    arrays themselves. Matrices that a checkpoint stores transposed or interleaved stay so and are read through strides.
     """
     check_word("device", device, ("auto", "gpu", "cpu"))
     check_word("progress", progress, ("bar", "none"))

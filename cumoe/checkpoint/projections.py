@@ -1,5 +1,6 @@
 """How checkpoints store the projections of experts, and which bytes make up the stacked arrays."""
 
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,7 +20,8 @@ class Copy(NamedTuple):
     """A run of bytes of a file, and the place in an array where it goes."""
 
     tensor: Tensor
-    source: Any  # index into the tensor
+    begin: int  # byte offset in the tensor
+    num_bytes: int
     target: Any  # index into the array; contiguous elements
 
 
@@ -29,7 +31,7 @@ class Plan(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype
     copies: tuple[Copy, ...]
-    whole: Tensor | None = None  # the tensor whose bytes, in their order, are those of the array, if there is one
+    whole: Tensor | None = None  # the tensor whose first bytes, in their order, are those of the array, if there is one
     swap: bool = False  # the last two axes after filling, as a view
 
     @property
@@ -45,7 +47,7 @@ class Plan(NamedTuple):
 def plan_tensor(tensor: Tensor, shape: tuple[int, ...]) -> Plan:
     """Return the plan of an array that is one tensor."""
     assert tensor.dtype is not None
-    return Plan(shape, tensor.dtype, (Copy(tensor, (), ()),), tensor)
+    return Plan(shape, tensor.dtype, (Copy(tensor, 0, tensor.num_bytes, ()),), tensor)
 
 
 def check_float(tensor: Tensor) -> np.dtype:
@@ -73,6 +75,8 @@ class Projections:
         axis of its own, or along the rows (DBRX).
     order : {"rows", "columns"}
         A matrix is (outputs, inputs) or (inputs, outputs). The latter is viewed, not transposed.
+    further : {"refused", "left"}
+        What happens to further experts in one tensor of all: LongCat-Flash has room for its identity experts there.
     """
 
     up: str
@@ -81,6 +85,7 @@ class Projections:
     layout: Layout = "stacked"
     stack: Stack = "each"
     order: Literal["rows", "columns"] = "rows"
+    further: Literal["refused", "left"] = "refused"
 
     def plan(self, names: Names, num_experts: int, hidden_size: int) -> dict[str, Plan]:
         """Return the plans of w_gate_up and w_down, and of the biases that exist, by argument of `cumoe.Experts`.
@@ -136,16 +141,20 @@ class Projections:
         """Plan (num_experts, parts, ...) from tensors of which every expert has the shape `own`."""
         rows = own[0]
         stored = {"each": own, "one": (num_experts, *own), "flat": (num_experts * rows, *own[1:])}[self.stack]
+        num_bytes = math.prod(own) * dtype.itemsize
         copies = []
         for e in range(num_experts):
-            source = {"each": (), "one": e, "flat": slice(e * rows, (e + 1) * rows)}[self.stack]
+            begin = 0 if self.stack == "each" else e * num_bytes
             for i, part in enumerate(parts):
                 tensor = names.tensor(part, e)
-                if tensor.shape != stored:
+                found = tensor.shape
+                if self.further == "left" and found[1:] == stored[1:]:
+                    found = (min(found[0], num_experts), *found[1:])
+                if found != stored:
                     raise ValueError(refuse(tensor.name, f"shape {stored}", tensor.shape))
                 if check_float(tensor) != dtype:
                     raise TypeError(refuse(tensor.name, f"dtype {dtype.name}, like {parts[0]}", tensor.dtype_name))
-                copies.append(Copy(tensor, source, (e, slice(i * rows, (i + 1) * rows))))
+                copies.append(Copy(tensor, begin, num_bytes, (e, slice(i * rows, (i + 1) * rows))))
         shape = (num_experts, len(parts) * rows, *own[1:])
         is_whole = len(parts) == 1 and (self.stack != "each" or num_experts == 1)
         return Plan(shape, dtype, tuple(copies), copies[0].tensor if is_whole else None, swap)
@@ -169,6 +178,7 @@ def _bias_of(weight: str) -> str:
 LINEAR = Projections("experts.{e}.up_proj.weight", "experts.{e}.down_proj.weight", "experts.{e}.gate_proj.weight")
 W123 = Projections("experts.{e}.w3.weight", "experts.{e}.w2.weight", "experts.{e}.w1.weight")
 PACKED = Projections("experts.gate_up_proj", "experts.down_proj", stack="one")
+PACKED_WITH_ROOM = replace(PACKED, further="left")
 PACKED_COLUMNS = replace(PACKED, order="columns")
 PACKED_LINEAR = Projections("input_linear.weight", "output_linear.weight", stack="one")
 FC = Projections("experts.fc1.weight", "experts.fc2.weight", stack="one", order="columns")

@@ -1,20 +1,25 @@
-"""Filling the arrays of a layer: every byte goes once from the mapped files to where it is computed with."""
+"""Filling the arrays of a layer: every byte goes once from the files to where it is computed with."""
 
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager, contextmanager
+from threading import Lock
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from cumoe.checkpoint.files import Files, Tensor
-from cumoe.checkpoint.projections import Copy, Plan
+from cumoe.checkpoint.files import Files, read_into
+from cumoe.checkpoint.pieces import Piece, Put, cut
+from cumoe.checkpoint.projections import Plan
+from cumoe.checkpoint.upload import upload
 from cumoe.door.arrays import cupy
 
 Progress = Literal["bar", "none"]
 
-AHEAD_BYTES = 256 << 20
-"""How much is asked of the disk before it is needed."""
+NUM_READERS = min(8, 2 * (os.cpu_count() or 1))
+"""Threads that read: a disk wants several requests at a time, and a GPU's link more than one core can copy."""
 
 
 class Bar(Protocol):
@@ -30,7 +35,7 @@ def read(
     """Return the arrays of the plans, NumPy or, on a GPU, CuPy on its current device.
 
     On the CPU an array that is a whole tensor is a read-only view of the mapped file: nothing is copied. All others are
-    filled in the order of the bytes in the files.
+    read straight into their places, in the order of the bytes in the files, by `NUM_READERS` threads.
 
     Parameters
     ----------
@@ -42,48 +47,62 @@ def read(
     progress : {"bar", "none"}
     """
     arrays: dict[str, Any] = {}
-    jobs: list[tuple[Copy, Any]] = []
+    pieces: list[Piece] = []
     for name, plan in plans.items():
         dtype = widen if widen is not None and plan.dtype.kind not in "iu" else plan.dtype
         if plan.whole is not None and not on_gpu and dtype == plan.dtype:
-            view = files.view(plan.whole).reshape(plan.shape)
+            view = files.view(plan.whole, plan.shape)
             if view.flags.aligned:
                 arrays[name] = plan.viewed(view)
                 continue
         array = (cupy if on_gpu else np).empty(plan.shape, dtype)
-        jobs += [(copy, array) for copy in plan.copies]
+        pieces += cut(plan, array)
         arrays[name] = plan.viewed(array)
-    jobs.sort(key=lambda job: (job[0].tensor.file, job[0].tensor.begin))  # stable: runs of a tensor stay in order
-    with _bar(sum(array[copy.target].nbytes for copy, array in jobs), progress) as bar:
-        for copy, array in _read_ahead(files, jobs):
-            source = files.view(copy.tensor)[copy.source]
-            target = array[copy.target]
-            source = source.astype(array.dtype, copy=False).reshape(target.shape)
-            if on_gpu:
-                target.set(source)
-            else:
-                target[...] = source
-            bar.update(target.nbytes)
+    pieces.sort(key=lambda piece: (piece.file, piece.begin))
+    largest = max((piece.num_bytes for piece in pieces), default=0)
+    putter = upload(largest) if on_gpu else _in_place
+    with _bar(sum(piece.num_bytes for piece in pieces), progress) as bar:
+        _read_in_threads(deque(pieces), putter, bar)
     return arrays
 
 
-def _read_ahead(files: Files, jobs: list[tuple[Copy, Any]]) -> Iterator[tuple[Copy, Any]]:
-    """Yield the jobs, while a thread fetches the tensors of the next ones; a tensor is released after its last job."""
-    last = {copy.tensor: number for number, (copy, _) in enumerate(jobs)}
-    tensors = list(last)  # in the order of their first jobs
-    fetched: dict[Tensor, Future[None]] = {}
-    ahead = 0
-    with ThreadPoolExecutor(1) as pool:
-        for number, (copy, array) in enumerate(jobs):
-            while len(fetched) < len(tensors) and (ahead < AHEAD_BYTES or copy.tensor not in fetched):
-                tensor = tensors[len(fetched)]
-                fetched[tensor] = pool.submit(files.fetch, tensor)
-                ahead += tensor.num_bytes
-            fetched[copy.tensor].result()
-            yield copy, array
-            if last[copy.tensor] == number:
-                files.release(copy.tensor)
-                ahead -= copy.tensor.num_bytes
+def _read_in_threads(pieces: deque[Piece], putter: Callable[[], AbstractContextManager[Put]], bar: Bar) -> None:
+    """Bring all pieces to their places; after an error, or where the user interrupts, no reader begins another one."""
+    lock = Lock()
+
+    def work() -> None:
+        with putter() as put:
+            while pieces:
+                try:
+                    piece = pieces.popleft()
+                except IndexError:  # another reader was faster
+                    break
+                put(piece)
+                with lock:
+                    bar.update(piece.num_bytes)
+
+    num_readers = min(NUM_READERS, len(pieces))
+    with ThreadPoolExecutor(num_readers or 1) as pool:
+        try:
+            for reader in as_completed([pool.submit(work) for _ in range(num_readers)]):
+                reader.result()
+        finally:
+            pieces.clear()
+
+
+@contextmanager
+def _in_place() -> Iterator[Put]:
+    """Give a function that reads into NumPy arrays."""
+
+    def put(piece: Piece) -> None:
+        if piece.target.dtype == piece.dtype:
+            read_into(piece.file, piece.begin, piece.target.view(np.uint8))
+        else:
+            narrow = np.empty(piece.target.shape, piece.dtype)
+            read_into(piece.file, piece.begin, narrow.view(np.uint8))
+            piece.target[...] = narrow
+
+    yield put
 
 
 class _NoBar:

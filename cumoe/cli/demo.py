@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 import cumoe
+from cumoe.bench.replication import replicate
 from cumoe.cli.families import FAMILIES, Family
 from cumoe.cli.files import DTYPES, check_writable, read_states, write_states
 from cumoe.cli.layer import Layer, draw_layer, draw_tokens
 from cumoe.cli.machine import Machine, choose_machine
 from cumoe.cli.measure import Measurement, by_definition, measure, relative_difference, sample_of
 from cumoe.cli.refusal import Refusal
-from cumoe.cli.replication import replicate
 from cumoe.cli.report import describe, print_pair, print_routing, print_table
 
 TOLERANCE = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 2e-2}

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import cumoe
-from cumoe.cli.machine import Run
-from cumoe.cli.shapes import Shape
+from cumoe.bench.shapes import Shape
+from cumoe.bench.timer import Run
 from cumoe.door.arrays import cupy
 
 CALLS = 200

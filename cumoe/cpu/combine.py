@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 
 
+@np.errstate(over="ignore", invalid="ignore")  # inf - inf is the caller's
 def combine(
     rows: np.ndarray,
     inverse_permutation: np.ndarray,
@@ -24,5 +25,4 @@ def combine(
         total += shared
     if residual is not None:
         total += residual.astype(np.float32, copy=False)
-    with np.errstate(over="ignore"):
-        out[...] = total.astype(out.dtype)
+    out[...] = total.astype(out.dtype)

@@ -6,13 +6,14 @@ from cumoe.data.frame import Frame
 from cumoe.data.routing import Routing
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def over_rms(x: np.ndarray, eps: float) -> np.ndarray:
     """Return x / sqrt(mean(x^2) + eps) in float32."""
     wide = x.astype(np.float32, copy=False)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return wide / np.sqrt((wide * wide).mean(axis=1, keepdims=True) + np.float32(eps))
+    return wide / np.sqrt((wide * wide).mean(axis=1, keepdims=True) + np.float32(eps))
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def finish(
     total: np.ndarray,
     x: np.ndarray,
@@ -33,5 +34,4 @@ def finish(
         total = over_rms(total, frame.output_norm.eps) * frame.output_norm.weight
     if residual is not None:
         total += residual.astype(np.float32, copy=False)
-    with np.errstate(over="ignore"):
-        y[...] = total.astype(y.dtype)
+    y[...] = total.astype(y.dtype)

@@ -17,17 +17,18 @@ def expert_rows(groups: Groups) -> Iterator[tuple[int, slice, np.ndarray]]:
         yield int(expert), rows, groups.permutation[rows]
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def project(a: np.ndarray, w: np.ndarray, bias: np.ndarray | None, scale_in: np.ndarray | None) -> np.ndarray:
     """Return ``scale_in * (a @ w^T) + bias`` in float32."""
-    with np.errstate(over="ignore", invalid="ignore"):  # inf and NaN in the input are the caller's, and stay
-        out = a @ w.astype(np.float32, copy=False).T
-        if scale_in is not None:
-            out *= scale_in[:, None]
-        if bias is not None:
-            out += bias
+    out = a @ w.astype(np.float32, copy=False).T
+    if scale_in is not None:
+        out *= scale_in[:, None]
+    if bias is not None:
+        out += bias
     return out
 
 
+@np.errstate(over="ignore", invalid="ignore")  # inf and NaN in the input are the caller's, and stay
 def feed_forward(
     x: np.ndarray, weights: ExpertWeights, expert: int, weight_on: str = "", factors: np.ndarray | None = None
 ) -> np.ndarray:
@@ -67,7 +68,7 @@ def shared_rows(x: np.ndarray, shared: tuple[SharedExperts, ...]) -> Iterator[np
         for s, weights in enumerate(member.weights):
             rows = feed_forward(tokens, weights, 0)
             if member.gate is not None:
-                with np.errstate(over="ignore"):
+                with np.errstate(over="ignore", invalid="ignore"):
                     rows *= (1 / (1 + np.exp(-(tokens @ member.gate[s].astype(np.float32)))))[:, None]
             yield rows
 

@@ -17,6 +17,7 @@ from cumoe.door.checks import (
     refuse,
 )
 from cumoe.door.factors import admit_factors, as_factors
+from cumoe.door.streams import on_producers_stream
 
 
 class RMSNorm:
@@ -35,6 +36,7 @@ class RMSNorm:
         If `weight` is no array of one dimension and a float dtype, or `eps` is no such number.
     """
 
+    @on_producers_stream
     def __init__(self, weight: Any, eps: float = 1e-6) -> None:
         weight, self.kind = admit("weight", weight)
         check_rank("weight", weight, ("hidden_size",))
@@ -70,6 +72,7 @@ class Latent:
         If something is no array, dtypes differ, a shape does not fit, or arrays differ in library or device.
     """
 
+    @on_producers_stream
     def __init__(self, w_in: Any, w_out: Any, b_in: Any = None, b_out: Any = None) -> None:
         self.w_in, self.kind = admit("w_in", w_in)
         check_rank("w_in", self.w_in, ("latent_size", "hidden_size"))

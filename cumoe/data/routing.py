@@ -20,6 +20,7 @@ from cumoe.door.checks import (
     refuse,
 )
 from cumoe.door.factors import admit_factors, as_factors
+from cumoe.door.streams import on_producers_stream
 
 MAX_SLOTS = 2**31 - 1
 """num_tokens * top_k is counted in int32 on the device."""
@@ -130,6 +131,10 @@ class Router:
 
     def __post_init__(self) -> None:
         """Check everything that can be checked before logits are seen."""
+        self._check(self.selection_bias, self.expert_scale, self.expert_table)
+
+    @on_producers_stream
+    def _check(self, *_: Any) -> None:
         plain: dict[str, Any] = {"top_k": check_count("top_k", self.top_k, 1)}
         check_word("scoring", self.scoring, SCORINGS)
         check_word("select_by", self.select_by, ("scores", "logits"))

@@ -19,6 +19,7 @@ from cumoe.door.checks import (
     refuse,
 )
 from cumoe.door.factors import admit_factors
+from cumoe.door.streams import on_producers_stream
 
 LAYOUTS = ("stacked", "interleaved", "ungated")
 Layout = Literal["stacked", "interleaved", "ungated"]
@@ -90,6 +91,7 @@ class Experts:
         If a rank or shape does not fit, a size is 0, or a word is unknown.
     """
 
+    @on_producers_stream
     def __init__(
         self,
         w_gate_up: Any,
@@ -104,6 +106,7 @@ class Experts:
         self.weights, self.kind = _check_weights(arrays, ("num_experts",), activation, layout)
         self.num_experts, self.hidden_size, self.intermediate_size = self.weights.w_down.shape
         self.dtype = self.weights.w_down.dtype
+        self.captured: list[Any] = []  # what graphs go on using: see `moe`
 
     def __repr__(self) -> str:
         """Return the sizes."""
@@ -138,6 +141,7 @@ class SharedExperts:
         As in `Experts`; also if `gate` does not fit.
     """
 
+    @on_producers_stream
     def __init__(
         self,
         w_gate_up: Any,

@@ -1,20 +1,23 @@
 """Which library an array comes from, and how it goes back there.
 
 NumPy arrays are computed on the CPU, CuPy arrays on their GPU. Any other object that speaks DLPack (torch, JAX) is
-viewed without a copy as the one or the other, and results return to its library without a copy. Arrays of one call
-must agree in library and device.
+viewed without a copy as the one or the other, and results return to its library without a copy. What speaks only
+``__cuda_array_interface__`` (Numba) is viewed as a CuPy array, and results are CuPy arrays. Arrays of one call must
+agree in library and device.
 """
 
 import logging
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cumoe.door.checks import refuse
 from cumoe.door.dlpack import Exported, to_numpy
+from cumoe.door.streams import wait_for
 
 log = logging.getLogger("cumoe")
 
@@ -22,6 +25,8 @@ try:
     import cupy
 except Exception as error:  # noqa: BLE001 - an unusable cache folder raises OSError, a broken driver RuntimeError
     log.info("CuPy is not usable (%s: %s); NumPy arrays only", type(error).__name__, error)
+    if isinstance(error, OSError):
+        log.warning("CuPy cannot make its kernel cache: set CUPY_CACHE_DIR to a folder that can be written")
     cupy = None
 
 _DLPACK_CPU = (1,)
@@ -57,7 +62,7 @@ def admit(name: str, array: Any) -> tuple[Any, Kind]:
     name : str
         The argument's name, for messages.
     array : array
-        NumPy, CuPy, or any DLPack exporter on the CPU or on a CUDA device.
+        NumPy, CuPy, or any DLPack exporter on the CPU or on a CUDA device; or what has a ``__cuda_array_interface__``.
 
     Returns
     -------
@@ -68,13 +73,18 @@ def admit(name: str, array: Any) -> tuple[Any, Kind]:
     TypeError
         If `array` is nothing of the kind, lives on a device that is neither, or its library does not hand it over: a
         dtype that NumPy lacks, a tensor that requires a gradient.
+    ValueError
+        If an array on a GPU begins, or has strides, at other bytes than multiples of its item size.
     """
     if isinstance(array, np.ndarray):
         if isinstance(array, (np.matrix, np.ma.MaskedArray)):
             raise TypeError(refuse(name, EXPECTED_ARRAY, type(array).__name__))
         return array.view(np.ndarray), Kind("numpy", "cpu")
     if cupy is not None and isinstance(array, cupy.ndarray):
-        return array, Kind("cupy", f"cuda:{array.device.id}")
+        return _aligned(name, array), Kind("cupy", f"cuda:{array.device.id}")
+    if cupy is not None and hasattr(array, "__cuda_array_interface__") and not hasattr(array, "__dlpack__"):
+        viewed = _from_interface(name, array)
+        return _aligned(name, viewed), Kind("cupy", f"cuda:{viewed.device.id}")
     if not (hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__")) or isinstance(array, np.generic):
         raise TypeError(refuse(name, EXPECTED_ARRAY, type(array).__name__))
     device_type, device_id = (int(part) for part in array.__dlpack_device__())
@@ -83,7 +93,7 @@ def admit(name: str, array: Any) -> tuple[Any, Kind]:
         if device_type in _DLPACK_CPU:
             return to_numpy(array), Kind(library, "cpu")
         if device_type in _DLPACK_CUDA and cupy is not None:
-            return cupy.from_dlpack(array), Kind(library, f"cuda:{device_id}")
+            return _aligned(name, cupy.from_dlpack(array)), Kind(library, f"cuda:{device_id}")
     except (TypeError, BufferError) as error:  # a dtype that NumPy lacks; a tensor that requires a gradient
         raise TypeError(refuse(name, "an array that DLPack can hand over", f"{library}: {error}")) from error
     raise TypeError(refuse(name, "an array on the CPU or on a CUDA device", f"DLPack device type {device_type}"))
@@ -112,6 +122,28 @@ def give_back(array: Any, kind: Kind) -> Any:
     if kind.library in ("numpy", "cupy"):
         return array
     return _importers[kind.library](Exported(array) if isinstance(array, np.ndarray) else array)
+
+
+def _aligned(name: str, array: Any) -> Any:
+    """Return a CuPy array; raise ValueError if a GPU could not read its elements, which have to lie at multiples."""
+    itemsize = array.dtype.itemsize
+    if array.size and (array.data.ptr % itemsize or any(stride % itemsize for stride in array.strides)):
+        got = f"address {array.data.ptr:#x}, strides {array.strides}"
+        raise ValueError(refuse(name, f"elements at multiples of {itemsize} bytes", got))
+    return array
+
+
+def _from_interface(name: str, array: Any) -> Any:
+    """View device memory by its interface alone; CuPy would have the host wait for the stream it names."""
+    interface = dict(array.__cuda_array_interface__)
+    stream = interface.pop("stream", None)
+    try:
+        viewed = cupy.asarray(SimpleNamespace(__cuda_array_interface__=interface, owner=array))
+    except (TypeError, ValueError) as error:  # a mask; a dtype that CuPy lacks
+        raise TypeError(refuse(name, "an array that CuPy can view", f"{type(array).__name__}: {error}")) from error
+    if stream is not None:
+        wait_for(stream, cupy)
+    return viewed
 
 
 def _library_of(name: str, array: Any) -> str:

@@ -1,6 +1,7 @@
 """Compiling the CUDA sources when the package is imported, and handing out kernels."""
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -51,6 +52,57 @@ def gpu_is_there() -> bool:
         return cupy is not None and bool(cupy.cuda.is_available())
     except Exception:  # noqa: BLE001 - a broken driver may raise anything
         return False
+
+
+def why_no_gpu() -> str:
+    """Return why CuPy sees no CUDA device, and what would help; never raises."""
+    if cupy is None:
+        return "CuPy cannot be imported"
+    try:
+        driver, runtime = cupy.cuda.runtime.driverGetVersion(), cupy.cuda.runtime.runtimeGetVersion()
+        if driver == 0:
+            return "no NVIDIA driver"
+        if driver // 1000 < runtime // 1000:
+            return f"the NVIDIA driver serves CUDA {_version(driver)}, CuPy needs {runtime // 1000}: get a newer one"
+        return "no CUDA device" if cupy.cuda.runtime.getDeviceCount() == 0 else "CUDA was not ready when it was asked"
+    except Exception as error:  # noqa: BLE001 - a broken driver may raise anything
+        return _what_helps(error)
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _what_helps(error: Exception) -> str:
+    """Return an error of CuPy, CUDA or NVRTC, and what to do about it."""
+    text = f"{type(error).__name__}: {error}"
+    if "NoDevice" in text:
+        return "no CUDA device"
+    if "nitializationError" in text or "NOT_INITIALIZED" in text:
+        return f"{text}. CUDA does not survive a fork: start processes with 'spawn' or 'forkserver'"
+    if any(word in text for word in ("PTX_VERSION", "INVALID_IMAGE", "NO_BINARY", "InsufficientDriver")):
+        try:
+            driver, nvrtc = _version(cupy.cuda.runtime.driverGetVersion()), cupy.cuda.nvrtc.getVersion()
+        except Exception:  # noqa: BLE001 - what is asked here may be what is missing
+            return f"{text}. The NVIDIA driver is older than the compiler: install a newer one"
+        found = f"The NVIDIA driver is for CUDA {driver}, the compiler is NVRTC {'.'.join(map(str, nvrtc))}"
+        return f"{text}. {found}: install a newer driver"
+    packages = "nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12"
+    return f"{text}. pip install {packages} brings the compiler and its headers"
+
+
+@contextmanager
+def _no_kernel_cache() -> Iterator[None]:
+    """Let CuPy compile without its cache on disk."""
+    name = "CUPY_CACHE_IN_MEMORY"  # read at each compilation
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 @cache
@@ -131,6 +183,17 @@ def _has_wgmma(device_id: int) -> bool:
     return bool(version >= WGMMA_NVRTC)
 
 
+def _compile(units: tuple[str, ...], device_id: int) -> None:
+    def compile_one(module: Any) -> None:
+        with cupy.cuda.Device(device_id):
+            module.compile()
+
+    first, *others = (modules()[unit] for unit in units)
+    compile_one(first)  # alone: it fills CuPy's per-process cache of the options that all units share
+    with ThreadPoolExecutor(len(others)) as pool:
+        list(pool.map(compile_one, others))
+
+
 def compile_all() -> None:
     """Compile, or load from CuPy's cache, every kernel for the current device. A failure is kept for the first use."""
     global _failure  # noqa: PLW0603 - one process has one outcome
@@ -144,19 +207,14 @@ def compile_all() -> None:
         units = UNITS + (tuple(WGMMA_UNITS) if has_wgmma(device.id) else ())
         log.info("compiling %d CUDA units for sm_%s (cached afterwards)", len(units), device.compute_capability)
 
-        def compile_one(module: Any) -> None:
-            with cupy.cuda.Device(device.id):
-                module.compile()
-
-        first, *others = (modules()[unit] for unit in units)
-        compile_one(first)  # alone: it fills CuPy's per-process cache of the options that all units share
-        with ThreadPoolExecutor(len(others)) as pool:
-            list(pool.map(compile_one, others))
+        try:
+            _compile(units, device.id)
+        except OSError as error:  # the cache: no right to write, no space, a folder where a file should be
+            log.warning("CuPy's kernel cache is no use (%s): CUPY_CACHE_DIR names another folder for it", error)
+            with _no_kernel_cache():
+                _compile(units, device.id)
     except Exception as error:  # noqa: BLE001 - import must succeed; the message reaches the first use
-        _failure = (
-            f"cumoe: the CUDA kernels could not be compiled: {type(error).__name__}: {error}. "
-            "pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12 brings the compiler and its headers"
-        )
+        _failure = f"cumoe: the CUDA kernels could not be compiled: {_what_helps(error)}"
         log.warning("%s", _failure)
         return
     log.info("CUDA kernels ready after %.2f s", time.perf_counter() - begin)

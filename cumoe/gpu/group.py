@@ -13,6 +13,8 @@ WARPS = 32
 FEW_WARPS, FEW_SLOTS = 8, 1024
 """A smaller block for a few slots: there is less to clear and to add up. It also serves where the counters of the
 larger one do not fit into shared memory: sm_86, sm_89 and sm_120 with more than 744 experts."""
+MAX_RANKED = 64
+"""Up to so many slots are compared with each other; the number is that of kernels/group.cuh."""
 ONE_BLOCK_SLOTS = 4096
 """Up to here one block counts and places in one launch."""
 MAX_BLOCKS = 128
@@ -43,8 +45,8 @@ def num_warps(num_slots: int, num_experts: int, max_bytes: int) -> int:
 
 
 def shared_bytes(warps: int, num_experts: int) -> int:
-    """Return the shared memory of a block: a histogram for every warp and two rows of its own."""
-    return 4 * (warps + 2) * (num_experts + 1)
+    """Return the shared memory of a block: a histogram for every warp and two rows, or the slots that it ranks."""
+    return 4 * max((warps + 2) * (num_experts + 1), MAX_RANKED)
 
 
 def buffers(num_tokens: int, top_k: int, num_experts: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:

@@ -12,6 +12,7 @@ from cumoe.gpu.stacks import strides
 from cumoe.gpu.structs import Packed, Struct
 
 WARPS = 4
+LOGITS_TYPES = ("float32", "bfloat16", "float16")
 
 LAUNCH = Struct(
     pointer=(
@@ -24,7 +25,7 @@ LAUNCH = Struct(
         *("num_groups", "top_groups", "group_score", "renormalize", "epsilon_mode"),
     ),
     float32=("dropped_value", "epsilon", "scale", "softcap", "mixer_eps"),
-    int32_2=("vocab_size", "words_per_warp"),
+    int32_2=("vocab_size", "words_per_warp", "logits_type", "padding"),
 )
 
 
@@ -38,8 +39,15 @@ def route(logits: Any, router: Router, out: Routing | None = None, input_ids: An
         return out
     argument = pack(logits, router, out, input_ids)
     shared_bytes = WARPS * 4 * words_per_warp(router, num_experts)
-    launch(f"route_{logits.dtype.name}", -(-num_tokens // WARPS), WARPS * 32, argument, shared_bytes, overlap=True)
+    launch(
+        f"route_{keys_of_lane(num_experts)}", -(-num_tokens // WARPS), WARPS * 32, argument, shared_bytes, overlap=True
+    )
     return out
+
+
+def keys_of_lane(num_experts: int) -> int:
+    """Return how many experts a lane ranks: kernels are compiled for 8, 16 and 32."""
+    return next(keys for keys in (8, 16, 32) if 32 * keys >= num_experts)
 
 
 def words_per_warp(router: Router, num_experts: int) -> int:
@@ -89,4 +97,6 @@ def pack(logits: Any, router: Router, out: Routing, input_ids: Any = None, route
         mixer_eps=router.mixer_eps,
         vocab_size=0 if router.expert_table is None else router.expert_table.shape[0],
         words_per_warp=words_per_warp(router, num_experts),
+        logits_type=LOGITS_TYPES.index(logits.dtype.name),
+        padding=0,
     )

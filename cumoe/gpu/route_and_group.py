@@ -10,16 +10,21 @@ from cumoe.gpu.structs import Struct, joined
 
 PLACE, PUBLISH = 0, 1
 
-TAIL = Struct(pointer=("blocks_done",), int32=("tokens_per_warp", "then"))
+TAIL = Struct(pointer=("blocks_done",), int32=("tokens_per_block", "then"))
 
 
 class Split(NamedTuple):
     """How the tokens are spread."""
 
-    warps: int  # of a block: 32, or 8 for few tokens and where shared memory is short
-    tokens_per_warp: int
+    warps: int  # of a block: 32, or 8 for few slots and where shared memory is short
+    tokens_per_block: int
     blocks: int
     then: int  # PLACE: the last block sorts all slots; PUBLISH: group_place follows
+
+    def shared_bytes(self, words_per_warp: int, num_experts: int) -> int:
+        """Return the shared memory of a block, which routes first and counts then."""
+        routing_warps = min(self.warps, self.tokens_per_block)
+        return max(4 * routing_warps * words_per_warp, group.shared_bytes(self.warps, num_experts))
 
 
 def split(num_tokens: int, top_k: int, words_per_warp: int, num_experts: int, max_bytes: int, *, alone: bool) -> Split:
@@ -35,23 +40,21 @@ def split(num_tokens: int, top_k: int, words_per_warp: int, num_experts: int, ma
         Whether a counter says which block comes last; without one only a single block can sort.
     """
     num_slots = num_tokens * top_k
-    warps = group.FEW_WARPS if num_tokens <= group.FEW_WARPS else group.WARPS
-    if shared_bytes(warps, words_per_warp, num_experts) > max_bytes:
+    few = num_slots <= group.FEW_SLOTS or group.shared_bytes(group.WARPS, num_experts) > max_bytes
+    warps = group.FEW_WARPS if few else group.WARPS
+    tokens_per_block = -(-num_tokens // group.MAX_BLOCKS)
+    if not alone and num_tokens <= warps and num_slots <= group.ONE_BLOCK_SLOTS:
+        tokens_per_block = num_tokens  # one block, which needs no second launch
+    if 4 * min(warps, tokens_per_block) * words_per_warp > max_bytes:
         warps = group.FEW_WARPS
-    tokens_per_warp = -(-num_tokens // (warps * group.MAX_BLOCKS))
-    blocks = -(-num_tokens // (warps * tokens_per_warp))
+    blocks = -(-num_tokens // tokens_per_block)
     fits_one = num_slots <= group.ONE_BLOCK_SLOTS and (alone or blocks == 1)
-    return Split(warps, tokens_per_warp, blocks, PLACE if fits_one else PUBLISH)
+    return Split(warps, tokens_per_block, blocks, PLACE if fits_one else PUBLISH)
 
 
 def max_blocks(num_tokens: int) -> int:
     """Return an upper bound of the blocks."""
-    return min(group.MAX_BLOCKS, -(-num_tokens // group.FEW_WARPS))
-
-
-def shared_bytes(warps: int, words_per_warp: int, num_experts: int) -> int:
-    """Return the shared memory of a block, which routes first and counts then."""
-    return max(4 * warps * words_per_warp, group.shared_bytes(warps, num_experts))
+    return min(group.MAX_BLOCKS, num_tokens)
 
 
 def route_and_group(
@@ -81,14 +84,12 @@ def route_and_group(
     words = route.words_per_warp(router, logits.shape[-1])
     max_bytes = max_shared_bytes(current_device())
     how = split(num_tokens, top_k, words, num_experts, max_bytes, alone=blocks_done is not None)
-    slots_per_block = how.warps * how.tokens_per_warp * top_k
-    if how.then == PLACE:
-        slots_per_block = -(-num_tokens * top_k // (32 * how.warps)) * 32 * how.warps
+    slots_per_block = (num_tokens if how.then == PLACE else how.tokens_per_block) * top_k
     grouping = group.pack(routing.topk_ids, num_experts, out, slots_per_block)
     routed = route.pack(logits, router, routing, input_ids, router_bias)
-    tail = TAIL(blocks_done=blocks_done, tokens_per_warp=how.tokens_per_warp, then=how.then)
-    name = f"route_and_group_{logits.dtype.name}" + ("_few" if how.warps == group.FEW_WARPS else "")
-    size = shared_bytes(how.warps, words, num_experts)
+    tail = TAIL(blocks_done=blocks_done, tokens_per_block=how.tokens_per_block, then=how.then)
+    name = f"route_and_group_{route.keys_of_lane(logits.shape[-1])}" + ("_few" if how.warps == group.FEW_WARPS else "")
+    size = how.shared_bytes(words, num_experts)
     launch(name, how.blocks, how.warps * 32, joined((routed, grouping, tail)), size, overlap=True)
     if how.then == PUBLISH:
         group.place(grouping, how.blocks, how.warps, num_experts)

@@ -36,6 +36,16 @@ def _padded_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
+def is_captured() -> bool:
+    """Whether the current stream records a graph."""
+    return _captures(cupy.cuda.get_current_stream().ptr)
+
+
+def _captures(stream: int) -> bool:
+    # The null stream cannot be captured, and must not be asked while another one is.
+    return bool(stream and cupy.cuda.runtime.streamIsCapturing(stream))
+
+
 class Block:
     """Memory for the calls of one stream, and what was recorded of calls that use it."""
 
@@ -73,7 +83,8 @@ class Workspace:
     """A block of device memory for each (device, stream) that used it; it grows and never shrinks.
 
     Hold `lock` from `block` until the last launch that uses it: two threads on one stream share a block. A block that
-    a stream capture has seen is kept as long as the workspace lives, since the graph writes to it.
+    a stream capture has seen is kept as long as the workspace lives, since the graph writes to it; so is what the graph
+    reads, and its output.
 
     Parameters
     ----------
@@ -86,14 +97,19 @@ class Workspace:
         self.lock = threading.Lock()
         self._blocks: dict[tuple[int, int], Block] = {}
         self._captured: dict[int, Block] = {}
+        self._held: list[tuple[Any, ...]] = []
+
+    def hold_if_captured(self, stream: int, *arrays: Any) -> None:
+        """Keep arrays as long as the workspace lives if the stream records a graph, which goes to where they lie."""
+        if _captures(stream):
+            self._held.append(arrays)
 
     def block(self, device_id: int, stream: int, num_bytes: int = 0) -> Block | None:
         """Return the block of a device and stream if it has at least so many bytes."""
         block = self._blocks.get((device_id, stream))
         if block is None or block.memory.size < num_bytes:
             return None
-        # The null stream cannot be captured, and must not be asked while another one is.
-        if stream and cupy.cuda.runtime.streamIsCapturing(stream):
+        if _captures(stream):
             self._captured[block.memory.data.ptr] = block
         return block
 

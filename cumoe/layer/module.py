@@ -12,7 +12,8 @@ from cumoe.data.routing import Router, admit_input_ids, check_logits, check_rout
 from cumoe.door.arrays import Kind, admit_like, cupy, give_back, on_device
 from cumoe.door.checks import FLOAT_DTYPES, check_count, check_dtype, check_shape, refuse
 from cumoe.door.factors import admit_factors
-from cumoe.door.output import admit_residual, check_apart, output
+from cumoe.door.output import admit_residual, output
+from cumoe.door.streams import on_producers_stream
 from cumoe.gpu.config import Gpu
 from cumoe.gpu.layer_router import LayerRouter
 from cumoe.gpu.operand import Operand
@@ -82,8 +83,8 @@ class MoE:
     Notes
     -----
     On a GPU all memory but the output is one block for each stream that calls the layer, reused by every call and grown
-    when a larger batch comes. Calls from several threads are safe. In a graph capture the layer's memory outlives the
-    graph as long as the layer does.
+    when a larger batch comes. Calls from several threads are safe. What a graph capture has seen of a call, its inputs
+    and output as well as the layer's memory, lives as long as the layer does: keep the layer as long as its graphs.
 
     Host time: the first call of a kind (shape, strides, dtype and alignment of its arrays, and which of them there
     are) decides about kernels and packs their arguments; later ones, of the last 64 kinds on a stream, only put the
@@ -95,6 +96,7 @@ class MoE:
     On the CPU the matrix products are BLAS's, which promises nothing of the kind. Every run gives the same bits.
     """
 
+    @on_producers_stream
     def __init__(
         self,
         router: Router,
@@ -159,6 +161,7 @@ class MoE:
             self._prepare_router()
             self._workspace.forget_tapes()
 
+    @on_producers_stream
     def __call__(
         self, x: Any, router_logits: Any = None, *, input_ids: Any = None, residual: Any = None, out: Any = None
     ) -> Any:
@@ -204,14 +207,13 @@ class MoE:
             raise ValueError(refuse("router_logits", "an array, since the layer has no router_weight", None))
         with on_device(kind):
             ids = admit_input_ids(input_ids, self.router, kind, "x", num_tokens)
-            y, result = output(out, tokens.shape, tokens.dtype, kind, "x")
+            over = tokens if kind.on_gpu and self._reads_x_late else None
+            y, result = output(out, tokens.shape, tokens.dtype, kind, "x", over=over)
             added = admit_residual(residual, y, kind, "x")
-            if not kind.on_gpu:
-                self._forward_cpu(tokens, logits, ids, added, y)
-            else:
-                if self._reads_x_late:
-                    check_apart("x", tokens, y)
+            if kind.on_gpu:
                 self.forward_gpu(self._workspace, (tokens, logits, ids, added), y, y_is_new=out is None)
+            else:
+                self._forward_cpu(tokens, logits, ids, added, y)
         return result if out is not None else give_back(y, kind)
 
     def _forward_cpu(self, tokens: Any, logits: Any, input_ids: Any, residual: Any, y: Any) -> None:
@@ -229,6 +231,7 @@ class MoE:
         addresses = (*addresses[:-1], y.data.ptr)
         stream = cupy.cuda.get_current_stream().ptr
         with workspace.lock:
+            workspace.hold_if_captured(stream, *arrays, y)
             block = workspace.block(self.device_id, stream)
             tape = None if block is None else block.tape(key)
             if tape is not None:

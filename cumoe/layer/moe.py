@@ -13,15 +13,17 @@ from cumoe.data.weights import Experts, SharedExperts, check_shared
 from cumoe.door.arrays import Kind, admit, check_kind, cupy, give_back, on_device
 from cumoe.door.checks import check_count, check_dtype, check_rank, check_shape, check_word, refuse
 from cumoe.door.output import admit_residual, output
+from cumoe.door.streams import on_producers_stream
 from cumoe.gpu import experts as gpu_experts
 from cumoe.gpu.combine import combine as gpu_combine
 from cumoe.gpu.group import group as gpu_group
-from cumoe.gpu.workspace import layer_buffers
+from cumoe.gpu.workspace import is_captured, layer_buffers
 
 WEIGHT_ON = ("input", "activation", "output")
 WeightOn = Literal["input", "activation", "output"]
 
 
+@on_producers_stream
 def moe(
     x: Any,
     routing: Any,
@@ -50,7 +52,8 @@ def moe(
     Parameters
     ----------
     x : (num_tokens, hidden_size) array, float32, float16 or bfloat16
-        Any strides. NumPy: computed on the CPU. CuPy: on the current stream. Other DLPack exporters are viewed.
+        Any strides. NumPy: computed on the CPU. CuPy: on the current stream. Other DLPack exporters are viewed: those
+        of torch on torch's current stream, others on CuPy's.
     routing : Routing or pair (topk_ids, topk_weights)
         From `route`, or the caller's own. Ids outside ``[0, num_experts)`` are slots without an expert and contribute
         nothing; an expert named twice counts twice.
@@ -74,8 +77,9 @@ def moe(
     TypeError
         If something is no array or not of its class, dtypes differ, or arrays differ in library or device.
     ValueError
-        If a shape does not fit, a word is unknown, num_tokens * top_k >= 2^31, num_experts > 1024 on a GPU, or `out`
-        shares a part of the memory of `residual` there.
+        If a shape does not fit, a word is unknown, num_tokens * top_k >= 2^31, or num_experts > 1024 on a GPU; if `out`
+        cannot be written, holds an element twice, or on a GPU shares a part of the memory of `residual`; if an array on
+        a GPU is not aligned to its elements.
     RuntimeError
         If arrays are on a GPU whose kernels could not be compiled; the text says why.
 
@@ -93,10 +97,10 @@ def moe(
 
     Memory beyond inputs and output, on a GPU: num_tokens * (top_k * I + sum_s I_s) numbers of hidden rows,
     num_tokens * (top_k + num_shared) * hidden_size numbers of result rows, and 2 * num_tokens * top_k int32; no copy of
-    a token. They come from CuPy's pool; inside a graph capture use `MoE`, which keeps them. Four launches up to 4096
-    slots, five above, one more for each gated shared expert and where arrays differ in alignment; no host
-    synchronisation. On sm_90 and later a kernel may begin before the one ahead of it on the stream has ended; it waits
-    for its results by itself.
+    a token. They come from CuPy's pool at each call; `MoE` keeps them. What a graph capture has seen, inputs and output
+    too, lives as long as `experts`. Four launches up to 4096 slots, five above, one more for each gated shared expert
+    and where arrays differ in alignment; no host synchronisation. On sm_90 and later a kernel may begin before the one
+    ahead of it on the stream has ended; it waits for its results by itself.
     """
     experts, members = check_weights(experts, shared, weight_on)
     tokens, kind = admit_tokens(x, experts)
@@ -109,6 +113,8 @@ def moe(
             num_tokens, top_k = routing.topk_ids.shape
             wanted = layer_buffers(num_tokens, top_k, experts.weights, members)
             buffers = {name: cupy.empty(*spec) for name, spec in wanted.items()}
+            if is_captured():  # the graph goes on reading and writing where these lie
+                experts.captured.append((tokens, routing, members, added, y, buffers))
         forward(tokens, routing, experts, members, weight_on, y, buffers, None, added)
     return result if out is not None else give_back(y, kind)
 

@@ -61,7 +61,8 @@ def replayed(workspace: Workspace, device_id: int, arrays: Arrays, out: Any, *, 
         return None
     key, addresses = key_of(arrays, out)
     with workspace.lock:
-        block = workspace.block(device_id, cuda.get_current_stream().ptr)
+        stream = cuda.get_current_stream().ptr
+        block = workspace.block(device_id, stream)
         tape = None if block is None else block.tape(key)
         if tape is None:
             return None
@@ -70,5 +71,6 @@ def replayed(workspace: Workspace, device_id: int, arrays: Arrays, out: Any, *, 
             addresses = (*addresses[:-1], out.data.ptr)
             if addresses[-1] % VECTOR_BYTES:
                 return None
+        workspace.hold_if_captured(stream, *arrays, out)
         tape.play(addresses)
     return out

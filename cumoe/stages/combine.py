@@ -10,9 +10,11 @@ from cumoe.door.arrays import admit, admit_like, cupy, give_back, on_device
 from cumoe.door.checks import as_float_dtype, check_dtype, check_rank, check_shape
 from cumoe.door.factors import admit_factors
 from cumoe.door.output import admit_residual, output
+from cumoe.door.streams import on_producers_stream
 from cumoe.gpu.combine import combine as gpu_combine
 
 
+@on_producers_stream
 def combine(
     rows: Any,
     groups: Any,
@@ -44,7 +46,7 @@ def combine(
     dtype : dtype, optional
         Of the result: float32 (default), float16 or bfloat16.
     out : (num_tokens, hidden_size) array, optional
-        Where to write; C-contiguous on a GPU.
+        Where to write; on a GPU C-contiguous, and sharing no memory with what is read.
 
     Returns
     -------
@@ -56,7 +58,8 @@ def combine(
     TypeError
         If something is no array, has another dtype, or differs from `rows` in library or device.
     ValueError
-        If a shape does not fit, or `out` shares a part of the memory of `residual` on a GPU.
+        If a shape does not fit, or `out` cannot be written, holds an element twice, or on a GPU shares memory with what
+        is read, or a part of it with `residual`.
 
     See Also
     --------
@@ -86,7 +89,9 @@ def combine(
             "shared_rows", shared, {"num_shared": len(shared), "num_tokens": num_tokens, "hidden_size": hidden_size}
         )
     with on_device(kind):
-        y, result = output(out, (num_tokens, hidden_size), as_float_dtype("dtype", dtype, np.float32), kind, "rows")
+        result_dtype, shape = as_float_dtype("dtype", dtype, np.float32), (num_tokens, hidden_size)
+        apart = {"rows": sorted_rows, "shared_rows": shared, "topk_weights": weights}
+        y, result = output(out, shape, result_dtype, kind, "rows", **apart)
         added = admit_residual(residual, y, kind, "rows")
         if kind.on_gpu:
             sorted_rows = cupy.ascontiguousarray(sorted_rows)

@@ -7,9 +7,11 @@ from cumoe.data.groups import Groups
 from cumoe.data.routing import GPU_MAX_EXPERTS, as_int32_ids, check_ids
 from cumoe.door.arrays import admit, give_back, on_device
 from cumoe.door.checks import check_count
+from cumoe.door.streams import on_producers_stream
 from cumoe.gpu.group import group as gpu_group
 
 
+@on_producers_stream
 def group(topk_ids: Any, num_experts: int) -> Groups:
     """Sort the token slots by expert, stably.
 

@@ -16,9 +16,11 @@ from cumoe.door.checks import (
     check_word,
 )
 from cumoe.door.factors import admit_factors
+from cumoe.door.streams import on_producers_stream
 from cumoe.gpu.experts import grouped_gemm as gpu_grouped_gemm
 
 
+@on_producers_stream
 def grouped_gemm(
     x: Any,
     w: Any,

@@ -6,9 +6,11 @@ from cumoe.cpu.route import route as cpu_route
 from cumoe.data.routing import Router, Routing, admit_input_ids, check_logits
 from cumoe.door.arrays import admit, give_back, on_device
 from cumoe.door.checks import refuse
+from cumoe.door.streams import on_producers_stream
 from cumoe.gpu.route import route as gpu_route
 
 
+@on_producers_stream
 def route(router_logits: Any, router: Router, input_ids: Any = None) -> Routing:
     """Choose `top_k` experts a token and weigh them; the formula is in `Router`.
 

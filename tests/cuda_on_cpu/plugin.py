@@ -8,7 +8,7 @@ Properties are tried on fewer examples than on a GPU, the same ones every time.
 import json
 import sys
 
-import hypothesis
+import few_examples
 import pytest
 
 from cuda_on_cpu import fake_cupy
@@ -23,21 +23,13 @@ MAX_EXAMPLES = 30
 
 
 def pytest_collection() -> None:
-    """Take examples from a fixed seed; tests that say how many they want inherit the rest."""
-    base = hypothesis.settings.get_profile("cumoe")
-    hypothesis.settings.register_profile(
-        "cuda_on_cpu", base, derandomize=True, database=None, max_examples=MAX_EXAMPLES
-    )
-    hypothesis.settings.load_profile("cuda_on_cpu")
+    """Load the profile with few examples."""
+    few_examples.begin(MAX_EXAMPLES)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Cap the number of examples where a test says how many it wants."""
-    for item in items:
-        function = getattr(item, "obj", None)
-        own = getattr(function, "_hypothesis_internal_use_settings", None)
-        if own is not None and own.max_examples > MAX_EXAMPLES:
-            function._hypothesis_internal_use_settings = hypothesis.settings(own, max_examples=MAX_EXAMPLES)
+    few_examples.cap(items, MAX_EXAMPLES)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
