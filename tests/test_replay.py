@@ -316,7 +316,8 @@ def test_a_result_over_a_part_of_what_is_still_read_is_refused(repeated):
         identity(x, out=out)
     for case in (lambda: layer(x, residual=shifted, out=out), lambda: identity(shifted, out=out)):
         with pytest.raises(
-            ValueError, match=r"^out: expected (residual|x) itself or memory apart from it, got an array"
+            ValueError,
+            match=r"^out: expected (residual itself or memory apart|memory that x has no part in).* got an overlapping array$",
         ):
             case()
     layer(shifted, out=out)  # x has been read when the first row is written
