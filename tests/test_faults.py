@@ -375,13 +375,13 @@ def compiled(monkeypatch):
         monkeypatch.setattr(
             compiling, "modules", lambda: dict.fromkeys((*compiling.UNITS, *compiling.WGMMA_UNITS), module)
         )
-        compiling.has_wgmma.cache_clear()
+        compiling._has_wgmma.cache_clear()
         compiling.kernel.cache_clear()
         compiling.compile_all()
 
     yield on
     monkeypatch.undo()
-    compiling.has_wgmma.cache_clear()
+    compiling._has_wgmma.cache_clear()
     compiling.kernel.cache_clear()
 
 

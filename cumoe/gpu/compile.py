@@ -204,7 +204,7 @@ def compile_all() -> None:
             _failure = refuse("cumoe", "a GPU of compute capability 8.0 or newer", device.compute_capability)
             log.warning("%s; NumPy arrays still run on the CPU", _failure)
             return
-        units = UNITS + (tuple(WGMMA_UNITS) if has_wgmma(device.id) else ())
+        units = UNITS + (tuple(WGMMA_UNITS) if _has_wgmma(device.id) else ())
         log.info("compiling %d CUDA units for sm_%s (cached afterwards)", len(units), device.compute_capability)
 
         try:
