@@ -220,7 +220,7 @@ def test_a_capture_is_what_holds(monkeypatch):
     for stream, kept in ((0, 0), (5, 0), (7, 1), (7, 2), (5, 2)):
         cuda = SimpleNamespace(get_current_stream=lambda stream=stream: SimpleNamespace(ptr=stream), runtime=runtime)
         monkeypatch.setattr(workspace, "cupy", SimpleNamespace(cuda=cuda))
-        held.hold_if_captured(object())
+        held.hold_if_captured(stream, object())
         assert len(held._held) == kept
 
 

@@ -79,15 +79,15 @@ def spoiled_group(ids, num_experts, group):
     return groups
 
 
-def unwritten_rows(rows, *arguments, combine):
+def unwritten_rows(rows, inverse, weights, shared, out, residual, combine):
     """Combine, but begin from what lies in memory."""
-    combine(rows, *arguments)
-    arguments[-1][:1] += np.empty(arguments[-1][:1].shape, np.float32).astype(arguments[-1].dtype)
+    combine(rows, inverse, weights, shared, out, residual)
+    out[:1] += np.empty(out[:1].shape, np.float32).astype(out.dtype)
 
 
-def multiplied_by_zero(rows, inverse, weights, shared, out, combine):
+def multiplied_by_zero(rows, inverse, weights, shared, out, residual, combine):
     """Combine slots without an expert as rows times 0."""
-    combine(rows, inverse, weights, shared, out)
+    combine(rows, inverse, weights, shared, out, residual)
     missing = (inverse < 0).any(axis=1)
     if rows.size:
         out[missing] += (0 * rows[-1]).astype(out.dtype)
