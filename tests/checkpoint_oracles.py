@@ -16,10 +16,11 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from support import CPU, DTYPES, FLOOR, GPU, TOLERANCE, gpu_is_there, relative_error
+from support import CPU, DTYPES, GPU, TOLERANCE, gpu_is_there, relative_error
 from transformers_models import MODELS, Model, build, expected
 
 import cumoe
+from cumoe.testing import FLOOR
 
 NUM_TOKENS = 13
 MAX_IN_LAYER, MAX_ELSEWHERE = 50_000, 5_000

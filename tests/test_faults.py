@@ -221,7 +221,7 @@ def test_a_capture_is_what_holds(monkeypatch):
         cuda = SimpleNamespace(get_current_stream=lambda stream=stream: SimpleNamespace(ptr=stream), runtime=runtime)
         monkeypatch.setattr(workspace, "cupy", SimpleNamespace(cuda=cuda))
         held.hold_if_captured(stream, object())
-        assert len(held._held) == kept
+        assert len(held.held) == kept
 
 
 # --- several at once ---

@@ -218,7 +218,7 @@ def test_a_graph_gives_the_same_bits_at_every_replay(force, tile):
             assert GPU.asnumpy(y).tobytes() == wanted.tobytes(), (tile, replay)
     ones = replace(layer, topk_weights=np.ones_like(layer.topk_weights))
     assert_close(wanted, ones.run(GPU), "bfloat16", tile)
-    check_chosen(seen, tile, "bfloat16", "inner_major", runs=3)
+    check_chosen(seen, tile, "bfloat16", "inner_major", runs=2)  # the second call of a kind decides nothing
 
 
 @each_tile

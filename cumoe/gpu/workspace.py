@@ -2,13 +2,14 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from cumoe.data.weights import ExpertWeights, SharedExperts
-from cumoe.door.arrays import cupy
+from cumoe.door.arrays import Kind, cupy
 from cumoe.gpu import experts, group
 from cumoe.gpu.experts import Buffers
 from cumoe.gpu.tape import Tape
@@ -36,9 +37,24 @@ def _padded_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def is_captured() -> bool:
-    """Whether the current stream records a graph."""
-    return _captures(cupy.cuda.get_current_stream().ptr)
+@contextmanager
+def kept_if_captured(held: list[Any], kind: Kind, *arrays: Any) -> Iterator[None]:
+    """Keep arrays, and all memory that is allocated in the meantime, in `held` if the current stream records a graph.
+
+    The graph will read and write where they lie, conversions on the way in among them.
+    """
+    if not (kind.on_gpu and _captures(cupy.cuda.get_current_stream().ptr)):
+        yield
+        return
+    held.append(arrays)
+    allocate: Callable[[int], Any] = cupy.cuda.get_allocator()
+
+    def kept(num_bytes: int) -> Any:
+        held.append(allocate(num_bytes))
+        return held[-1]
+
+    with cupy.cuda.using_allocator(kept):
+        yield
 
 
 def _captures(stream: int) -> bool:
@@ -97,12 +113,12 @@ class Workspace:
         self.lock = threading.Lock()
         self._blocks: dict[tuple[int, int], Block] = {}
         self._captured: dict[int, Block] = {}
-        self._held: list[tuple[Any, ...]] = []
+        self.held: list[Any] = []
 
     def hold_if_captured(self, stream: int, *arrays: Any) -> None:
         """Keep arrays as long as the workspace lives if the stream records a graph, which goes to where they lie."""
         if _captures(stream):
-            self._held.append(arrays)
+            self.held.append(arrays)
 
     def block(self, device_id: int, stream: int, num_bytes: int = 0) -> Block | None:
         """Return the block of a device and stream if it has at least so many bytes."""

@@ -18,7 +18,7 @@ from cumoe.gpu.config import Gpu
 from cumoe.gpu.layer_router import LayerRouter
 from cumoe.gpu.operand import Operand
 from cumoe.gpu.tape import Tape
-from cumoe.gpu.workspace import Workspace, total_bytes
+from cumoe.gpu.workspace import Workspace, kept_if_captured, total_bytes
 from cumoe.layer.capture import Captured
 from cumoe.layer.frame import frame_buffers, framed_forward, normalised
 from cumoe.layer.moe import WeightOn, admit_tokens, check_weights
@@ -205,7 +205,7 @@ class MoE:
             check_shape("router_logits", logits, {"num_tokens": num_tokens, "num_experts": self.num_choices})
         elif self.router_weight is None:
             raise ValueError(refuse("router_logits", "an array, since the layer has no router_weight", None))
-        with on_device(kind):
+        with on_device(kind), kept_if_captured(self._workspace.held, kind, x, router_logits, input_ids, residual, out):
             ids = admit_input_ids(input_ids, self.router, kind, "x", num_tokens)
             over = tokens if kind.on_gpu and self._reads_x_late else None
             y, result = output(out, tokens.shape, tokens.dtype, kind, "x", over=over)

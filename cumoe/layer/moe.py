@@ -17,7 +17,7 @@ from cumoe.door.streams import on_producers_stream
 from cumoe.gpu import experts as gpu_experts
 from cumoe.gpu.combine import combine as gpu_combine
 from cumoe.gpu.group import group as gpu_group
-from cumoe.gpu.workspace import is_captured, layer_buffers
+from cumoe.gpu.workspace import kept_if_captured, layer_buffers
 
 WEIGHT_ON = ("input", "activation", "output")
 WeightOn = Literal["input", "activation", "output"]
@@ -104,8 +104,8 @@ def moe(
     """
     experts, members = check_weights(experts, shared, weight_on)
     tokens, kind = admit_tokens(x, experts)
-    routing = admit_routing(routing, kind, "x", tokens.shape[0])
-    with on_device(kind):
+    with on_device(kind), kept_if_captured(experts.captured, kind, x, routing, members, residual, out):
+        routing = admit_routing(routing, kind, "x", tokens.shape[0])
         y, result = output(out, tokens.shape, tokens.dtype, kind, "x")
         added = admit_residual(residual, y, kind, "x")
         buffers = {}
@@ -113,8 +113,6 @@ def moe(
             num_tokens, top_k = routing.topk_ids.shape
             wanted = layer_buffers(num_tokens, top_k, experts.weights, members)
             buffers = {name: cupy.empty(*spec) for name, spec in wanted.items()}
-            if is_captured():  # the graph goes on reading and writing where these lie
-                experts.captured.append((tokens, routing, members, added, y, buffers))
         forward(tokens, routing, experts, members, weight_on, y, buffers, None, added)
     return result if out is not None else give_back(y, kind)
 

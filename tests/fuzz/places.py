@@ -76,7 +76,7 @@ class Device:
     def poison_layer(self, layer: Any) -> None:
         """Fill what a layer keeps between calls, on every stream."""
         for block in layer._workspace._blocks.values():
-            block.fill(255)
+            block.memory.fill(255)
 
     @contextlib.contextmanager
     def elsewhere(self) -> Iterator[Any]:
