@@ -2,6 +2,7 @@
 
 import csv
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -510,6 +511,36 @@ def test_baselines_compute_the_same_on_the_gpu(name, dtype):
             y = y.float().cpu().numpy() if replay == "torch graph" else cupy.asnumpy(y)
             assert difference(y, expected) < 2e-2, baseline
             assert 0 < timed.us(run, replay) < 1e4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["tiny", "DeepSeek-V3"])  # the second has a router of its own
+def test_stages_on_the_gpu(monkeypatch, tmp_path, capsys, name):
+    """A line a stage, the layer last; stages compute what the layer computes, and the file holds those in a row."""
+    import cupy
+
+    from cumoe.bench.draw import Weights
+    from cumoe.bench.stages import Stages
+
+    monkeypatch.setitem(SHAPES, name, replace(TINY, num_experts=32, scoring="sigmoid"))
+    path = tmp_path / "stages.csv"
+    assert main(["bench", "--stages", "--layers", name, "--tokens", "3", "300", "--csv", str(path)]) == 0
+    *_, header, nothing = capsys.readouterr().out.splitlines()[:4]
+    assert header.split() == ["layer", "tokens", "stage", "cold", "warm"]
+    assert nothing.split()[:3] == [name, "3", "nothing"]
+    rows = list(csv.DictReader(path.open()))
+    assert [(row["tokens"], row["stage"]) for row in rows] == [
+        (tokens, stage) for tokens in ("3", "300") for stage in ("router GEMM", "route + group", "experts", "combine")
+    ]
+    assert all(0 < float(row["warm_us"]) < 1e4 and 0 < float(row["us"]) < 1e4 for row in rows)
+    stages = Stages(name, SHAPES[name], Weights(cupy, SHAPES[name], "bfloat16"), 5)
+    runs = stages.runs()
+    runs["layer"]()
+    whole = cupy.asnumpy(stages.y).copy()
+    stages.y.fill(np.nan)
+    for stage in ("router GEMM", "route + group", "experts", "combine"):
+        runs[stage]()
+    assert cupy.asnumpy(stages.y).tobytes() == whole.tobytes()
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Taking times on a GPU: a stream of its own, a cold L2 cache, replay from a CUDA graph."""
+"""Taking times on a GPU: a stream of its own, a cold L2 cache unless it shall be warm, replay from a CUDA graph."""
 
 import importlib
 import statistics
@@ -13,6 +13,7 @@ REPEATS = 20
 FLUSH_BYTES = 256 << 20  # more than twice the L2 cache of any GPU
 
 Run = Callable[[], Any]
+Cache = Literal["cold", "warm"]
 Replay = Literal["graph", "torch graph", "launches"]
 """How runs are repeated: captured by CuPy, captured by torch with its own allocator, or launched each time."""
 
@@ -38,13 +39,13 @@ def free_pool() -> None:
 
 
 class Timer:
-    """Takes times on a stream of its own, each run with a cold L2 cache."""
+    """Takes times on a stream of its own."""
 
     def __init__(self) -> None:
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._flush = cupy.empty(FLUSH_BYTES, np.uint8)
 
-    def times(self, run: Run, replay: Replay = "graph") -> Times:
+    def times(self, run: Run, replay: Replay = "graph", cache: Cache = "cold") -> Times:
         """Return the times of `REPEATS` runs, after two that do not count."""
         cupy.cuda.Device().synchronize()  # what `run` reads was written on another stream
         if replay == "torch graph":
@@ -55,14 +56,14 @@ class Timer:
                 for _ in range(2):
                     run()
                 self._stream.synchronize()
-                return self._repeated(self._captured(run) if replay == "graph" else run)
+                return self._repeated(self._captured(run) if replay == "graph" else run, cache)
             finally:
                 self._stream.synchronize()
                 pool.free_all_blocks()
 
-    def us(self, run: Run, replay: Replay = "graph") -> float:
+    def us(self, run: Run, replay: Replay = "graph", cache: Cache = "cold") -> float:
         """Return the median alone."""
-        return self.times(run, replay).us
+        return self.times(run, replay, cache).us
 
     def _captured(self, run: Run) -> Run:
         self._stream.begin_capture()
@@ -88,13 +89,14 @@ class Timer:
                 graph.reset()
                 torch.cuda.empty_cache()  # CuPy's arrays want that memory
 
-    def _repeated(self, replay: Run) -> Times:
+    def _repeated(self, replay: Run, cache: Cache = "cold") -> Times:
         replay()
-        return times_of([self._once(replay) for _ in range(REPEATS)])
+        return times_of([self._once(replay, cache) for _ in range(REPEATS)])
 
-    def _once(self, run: Run) -> float:
+    def _once(self, run: Run, cache: Cache) -> float:
         begin, end = cupy.cuda.Event(), cupy.cuda.Event()
-        self._flush.fill(1)
+        if cache == "cold":
+            self._flush.fill(1)
         begin.record()
         run()
         end.record()

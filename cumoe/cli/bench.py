@@ -23,6 +23,7 @@ from cumoe.cli.machine import choose_machine
 from cumoe.cli.progress import say, with_progress
 from cumoe.cli.refusal import Refusal
 from cumoe.cli.report import print_pair
+from cumoe.cli.stages import bench_stages
 from cumoe.door.arrays import cupy
 
 SPARE_BYTES = 3 << 29  # beside the weights: what drawing them takes, and the buffer that flushes the L2 cache
@@ -58,6 +59,8 @@ def bench(options: Namespace) -> int:
                 file = stack.enter_context(options.csv.open("w", newline="", encoding="utf-8", buffering=1))
             except OSError as error:
                 raise Refusal(f"--csv {options.csv}: {error.strerror or error}") from None
+        if options.stages:
+            return bench_stages(options, machine.name, lambda name: _weights(name, DTYPES[options.dtype]), file)
         timer = Timer()
         roofs = _print_head(timer, machine.name, options.dtype)
         around = circumstances(machine.name, roofs)

@@ -105,6 +105,7 @@ def _add_bench(commands: Any) -> None:
     time.add_argument("--weight-on", choices=WEIGHT_ON, help="default: where the layer has them")
     time.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="default: %(default)s")
     time.add_argument("--host", action="store_true", help="what calls of cumoe.MoE cost the host, instead")
+    time.add_argument("--stages", action="store_true", help="what each stage of cumoe.MoE takes, instead")
     time.add_argument("--routing", nargs="+", default=["uniform"], metavar="HOW", help=f"{WORDS}; default: uniform")
     baselines = tuple(BASELINES)
     about = "; ".join(f"{name}: {baseline.what}" for name, baseline in BASELINES.items())
