@@ -76,6 +76,7 @@ template <int WARPS, typename Visit> __device__ __forceinline__ void walk(const 
 // (WARPS, num_bins) histograms of the warps' runs.
 template <int WARPS> __device__ __forceinline__ void count(const GroupLaunch& p, Part part, int* histograms) {
   int num_bins = p.num_experts + 1;
+#pragma unroll 1
   for (int i = threadIdx.x; i < WARPS * num_bins; i += WARPS * WARP) histograms[i] = 0;
   __syncthreads();
   int* histogram = histograms + threadIdx.x / WARP * num_bins;
@@ -132,6 +133,7 @@ template <int WARPS> __device__ __forceinline__ void rank_all(const GroupLaunch&
   constexpr int THREADS = WARPS * WARP;
   int slot = threadIdx.x;
   if (slot < p.num_slots) bins[slot] = bin_of(p, slot);
+#pragma unroll 1
   for (int i = threadIdx.x; i < p.num_progress; i += THREADS) p.progress[i] = 0;
   __syncthreads();  // the bins are there
   if (slot < p.num_slots) {
@@ -162,11 +164,14 @@ template <int WARPS> __device__ __forceinline__ void place(const GroupLaunch& p,
   count<WARPS>(p, part, histograms);
   add_up<WARPS>(p, part, histograms, first_rows, earlier_rows);
   if (part.block == 0)
+#pragma unroll 1
     for (int e = threadIdx.x; e < p.num_experts; e += THREADS) p.tokens_per_expert[e] = first_rows[e];
+#pragma unroll 1
   for (int i = part.block * THREADS + threadIdx.x; i < p.num_progress; i += part.num_blocks * THREADS) p.progress[i] = 0;
   __syncthreads();  // the totals are read before the scan overwrites them
   exclusive_scan<THREADS>(first_rows, num_bins);
   if (part.block == 0)
+#pragma unroll 1
     for (int bin = threadIdx.x; bin < num_bins; bin += THREADS) p.expert_offsets[bin] = first_rows[bin];
   // Turn each warp's count into the row of its first slot: rows of earlier blocks, then of earlier warps.
   for (int bin = threadIdx.x; bin < num_bins; bin += THREADS) {

@@ -1,7 +1,6 @@
 // route: logits of tokens -> their topk_ids and topk_weights; the block reads, a warp a token chooses and weighs.
 //
-//   smem     a warp: max(top_k, num_groups) words, num_experts logits, as many keys where something is added to what ranks;
-//            at 1024 experts and top_k = 8 between 4 and 8 KiB
+//   smem     a warp: see Row; at 1024 experts and top_k = 8 between 4 and 8 KiB
 //
 // The logits are read once: they may come as partial sums (see router_gemm.cu), which are added in order, the bias last.
 // An expert is ranked by a 32-bit key that orders as its score does: NaN lowest, then -inf upward. A lane holds the keys of
@@ -81,40 +80,65 @@ __device__ __forceinline__ float score_alone(const RouterLaunch& p, float logit)
   return sqrtf(logit > 20.0f ? logit : log1pf(expf(logit)));
 }
 
-// Fills the shared memory of `count` tokens, which are at most WARPS: the sums of all parts, and keys that need no softmax.
+// A token's part of shared memory.
+struct Row {
+  uint32* words;  // (max(top_k, num_groups)) keys of groups first, chosen ids later
+  float* chosen;  // (top_k) logits of the choices, then their weights
+  float* logits;  // (num_experts)
+  uint32* keys;   // (num_experts) where ranks_apart()
+
+  __device__ __forceinline__ Row(const RouterLaunch& p, uint32* smem)
+      : words(smem), chosen(reinterpret_cast<float*>(smem) + max(p.top_k, p.num_groups)), logits(chosen + p.top_k),
+        keys(reinterpret_cast<uint32*>(logits) + p.num_experts) {}
+};
+
+// Calls visit(t, e) for experts of `count` tokens, which are at most WARPS; all threads of the block share them.
+template <int WARPS, typename Visit>
+__device__ __forceinline__ void for_each_logit(const RouterLaunch& p, int count, Visit visit) {
+  constexpr int THREADS = WARPS * WARP;
+  int across = min(THREADS, ceil_div(p.num_experts, WARP) * WARP), down = THREADS / across;
+  if ((int)threadIdx.x >= down * across) return;
+#pragma unroll 1
+  for (int t = threadIdx.x / across; t < count; t += down)
+#pragma unroll 1
+    for (int e = threadIdx.x % across; e < p.num_experts; e += across) visit(t, e);
+}
+
+// The sums of all parts into shared memory. A single part stays as it is: a sum would flush subnormals.
 template <int WARPS, typename T>
 __device__ __forceinline__ void load(const RouterLaunch& p, int64 first_token, int count, uint32* smem) {
-  constexpr int THREADS = WARPS * WARP;
-  int picked = max(p.top_k, p.num_groups), across = min(THREADS, ceil_div(p.num_experts, WARP) * WARP);
-  bool scores = ranks_apart(p) && !(p.scoring == SOFTMAX && p.select_by == SCORES);
-#pragma unroll 1
-  for (int t = threadIdx.x / across; t < count && (int)threadIdx.x < THREADS / across * across; t += THREADS / across) {
-    const T* row = static_cast<const T*>(p.logits) + (first_token + t) * p.row_stride;
-    uint32* words = smem + t * p.words_per_warp + picked;
-#pragma unroll 1
-    for (int e = threadIdx.x % across; e < p.num_experts; e += across) {
-      const T* at = row + e * p.col_stride;
-      float value = to_float(*at);  // a single part stays as it is: a sum would flush subnormals
-#pragma unroll 8
+  for_each_logit<WARPS>(p, count, [&](int t, int e) {
+    const T* at = static_cast<const T*>(p.logits) + (first_token + t) * p.row_stride + e * p.col_stride;
+    float value = to_float(*at);
+    if (sizeof(T) == sizeof(float)) {  // parts are float32
+#pragma unroll 4
       for (int part = 1; part < p.num_parts; ++part) value += to_float(at[part * p.part_stride]);
-      if (p.router_bias) value += p.router_bias[e];
-      if (p.softcap > 0.0f) value = p.softcap * tanhf(value / p.softcap);
-      words[e] = __float_as_uint(value);
-      if (scores) words[p.num_experts + e] = ranked(p, e, p.select_by == LOGITS ? value : score_alone(p, value));
     }
-  }
+    Row(p, smem + t * p.words_per_warp).logits[e] = value;
+  });
+}
+
+// What is to be done to a logit before anybody looks at it, by the thread that has loaded it; and keys that need no softmax.
+template <int WARPS> __device__ __forceinline__ void finish(const RouterLaunch& p, int count, uint32* smem) {
+  bool scores = ranks_apart(p) && !(p.scoring == SOFTMAX && p.select_by == SCORES);
+  if (!scores && !p.router_bias && p.softcap == 0.0f) return;
+  for_each_logit<WARPS>(p, count, [&](int t, int e) {
+    Row row(p, smem + t * p.words_per_warp);
+    float value = row.logits[e];
+    if (p.router_bias) value += p.router_bias[e];
+    if (p.softcap > 0.0f) value = p.softcap * tanhf(value / p.softcap);
+    row.logits[e] = value;
+    if (scores) row.keys[e] = ranked(p, e, p.select_by == LOGITS ? value : score_alone(p, value));
+  });
 }
 
 // KEYS: experts of a lane, of which there are at most 32 KEYS in all.
-template <int KEYS> struct Token {
+template <int KEYS> struct Token : Row {
   const RouterLaunch& p;
-  float* logits;  // (num_experts)
-  uint32* words;  // (max(top_k, num_groups)) group keys first, chosen ids later
-  uint32* keys;   // (num_experts) where ranks_apart()
-  int lane;
-  float largest, denominator;  // of the softmax over all experts
+  int lane = threadIdx.x % WARP;
+  float largest = 0.0f, denominator = 1.0f;  // of the softmax over all experts, or over the choices
 
-  __device__ __forceinline__ float logit(int expert) const { return logits[expert]; }
+  __device__ __forceinline__ Token(const RouterLaunch& launch, uint32* smem) : Row(launch, smem), p(launch) {}
 
   __device__ __forceinline__ float score(float logit) const {
     return p.scoring == SOFTMAX ? expf(logit - largest) / denominator : score_alone(p, logit);
@@ -122,28 +146,25 @@ template <int KEYS> struct Token {
 
   __device__ __forceinline__ bool exists(int expert) const { return expert >= 0 && expert < p.num_experts; }
 
-  // The logit of the j-th choice; a slot without an expert has the logit whose score is 0.
-  __device__ __forceinline__ float chosen_logit(int j) const {
-    return exists(words[j]) ? logit(words[j]) : __uint_as_float(0xff800000u);
-  }
-
-  // Largest logit and sum of exponentials over n items; item(i) gives a logit. NaN and -inf rows give NaN weights.
-  template <typename Item> __device__ __forceinline__ void softmax_over(int n, Item item) {
+  // Largest logit and sum of exponentials. NaN and -inf rows give NaN weights.
+  __device__ __forceinline__ void softmax_over(const float* values, int n) {
     largest = __uint_as_float(0xff800000u);
-    for (int i = lane; i < n; i += WARP) largest = fmaxf(largest, item(i));
+#pragma unroll 1
+    for (int i = lane; i < n; i += WARP) largest = fmaxf(largest, values[i]);
     largest = warp_max(largest);
     denominator = 0.0f;
-    for (int i = lane; i < n; i += WARP) denominator += expf(item(i) - largest);
+#pragma unroll 1
+    for (int i = lane; i < n; i += WARP) denominator += expf(values[i] - largest);
     denominator = warp_sum(denominator);
   }
 
   __device__ __forceinline__ void rank() {
     bool softmax = p.scoring == SOFTMAX && p.select_by == SCORES;
-    if (softmax) softmax_over(p.num_experts, [&](int e) { return logit(e); });
+    if (softmax) softmax_over(logits, p.num_experts);
     if (p.expert_table || !ranks_apart(p)) return;
     if (softmax) {
 #pragma unroll 1
-      for (int e = lane; e < p.num_experts; e += WARP) keys[e] = ranked(p, e, score(logit(e)));
+      for (int e = lane; e < p.num_experts; e += WARP) keys[e] = ranked(p, e, score(logits[e]));
       __syncwarp();
     }
     if (p.num_groups > 1) drop_groups();
@@ -191,10 +212,16 @@ template <int KEYS> struct Token {
     __syncwarp();
   }
 
+  // A slot without an expert has the logit whose score is 0.
   __device__ __forceinline__ void look_up(int64 token) {
     int64 id = p.input_ids[token];
     bool known = id >= 0 && id < p.vocab_size;
-    for (int j = lane; j < p.top_k; j += WARP) words[j] = known ? p.expert_table[id * p.top_k + j] : -1;
+#pragma unroll 1
+    for (int j = lane; j < p.top_k; j += WARP) {
+      int expert = known ? p.expert_table[id * p.top_k + j] : -1;
+      words[j] = expert;
+      chosen[j] = exists(expert) ? logits[expert] : __uint_as_float(0xff800000u);
+    }
     __syncwarp();
   }
 
@@ -219,6 +246,7 @@ template <int KEYS> struct Token {
       uint32 expert = __reduce_min_sync(FULL_MASK, best == top ? (uint32)(lane + at * WARP) : 0xffffffffu);
       if (expert % WARP == (uint32)lane) {
         words[j] = expert;
+        chosen[j] = logits[expert];
 #pragma unroll
         for (int i = 0; i < KEYS; ++i)
           if (i == at) own[i] = TAKEN;
@@ -228,12 +256,6 @@ template <int KEYS> struct Token {
     }
   }
 
-  __device__ __forceinline__ float raw_weight(int j, float shift) const {
-    float value = chosen_logit(j);
-    if (shift == 0.0f) return score(value);
-    return expf((p.scoring == SQRT_SOFTPLUS ? 0.5f : 1.0f) * (value - shift));
-  }
-
   // Weights of the chosen experts. Renormalising a softmax without epsilon is the softmax over the chosen logits, which
   // needs no second division. Far below zero sigmoid(l) = e^l and sqrt(softplus(l)) = e^(l / 2), so that a renormalised
   // row keeps its ratios where the scores themselves would underflow to 0 / 0.
@@ -241,37 +263,43 @@ template <int KEYS> struct Token {
     bool exact_ratio = p.renormalize && p.epsilon == 0.0f;
     int order = p.renormalize;
     if (p.scoring == SOFTMAX && (p.select_by == LOGITS || exact_ratio)) {
-      softmax_over(p.top_k, [&](int j) { return chosen_logit(j); });
+      softmax_over(chosen, p.top_k);
       if (exact_ratio && order == 1) order = 0;
     }
-    float shift = 0.0f;
+    float shift = 0.0f, sum = 0.0f, norm = 1.0f;
     if (exact_ratio && p.scoring != SOFTMAX) {
       float top = __uint_as_float(0xff800000u);
-      for (int j = lane; j < p.top_k; j += WARP) top = fmaxf(top, chosen_logit(j));
+#pragma unroll 1
+      for (int j = lane; j < p.top_k; j += WARP) top = fmaxf(top, chosen[j]);
       top = warp_max(top);
       if (top < -40.0f) shift = top;
     }
-    float norm = 1.0f;
+#pragma unroll 1
+    for (int j = lane; j < p.top_k; j += WARP) {
+      float logit = chosen[j], power = p.scoring == SQRT_SOFTPLUS ? 0.5f : 1.0f;
+      float weight = shift == 0.0f ? score(logit) : expf(power * (logit - shift));
+      chosen[j] = weight;
+      sum += order == 2 ? weight * weight : weight;
+    }
     if (order) {
-      float sum = 0.0f;
-      for (int j = lane; j < p.top_k; j += WARP) {
-        float weight = raw_weight(j, shift);
-        sum += order == 2 ? weight * weight : weight;
-      }
       sum = warp_sum(sum);
       if (order == 2) sum = sqrtf(sum);
       norm = p.epsilon_mode == EPSILON_ADD ? sum + p.epsilon : (sum < p.epsilon ? p.epsilon : sum);
     }
-    for (int j = lane; j < p.top_k; j += WARP) store(token, j, raw_weight(j, shift) / norm);
+#pragma unroll 1
+    for (int j = lane; j < p.top_k; j += WARP) store(token, j, order ? chosen[j] / norm : chosen[j]);
   }
 
   // Each choice is weighed among the experts near it that were not chosen before: one pass over the logits a choice.
   __device__ __forceinline__ void mix(int64 token) {
+#pragma unroll 1
     for (int j = 0; j < p.top_k; ++j) {
-      float own = logit(words[j]), sum = 0.0f;
+      float own = chosen[j], sum = 0.0f;
+#pragma unroll 1
       for (int e = lane; e < p.num_experts; e += WARP) {
-        float rival = logit(e);
+        float rival = logits[e];
         bool left = !((own - rival) / fmaxf(fabsf(rival), own) > 2.0f * p.mixer_eps);
+#pragma unroll 1
         for (int before = 0; before < j; ++before) left = left && e != words[before];
         if (left) sum += expf(rival - own);
       }
@@ -293,23 +321,22 @@ template <int KEYS> struct Token {
 // The ids and weights of tokens begin .. end - 1, written by the whole block.
 template <int KEYS, int WARPS>
 __device__ __forceinline__ void route_tokens(const RouterLaunch& launch, int64 begin, int64 end, uint32* smem) {
-  int warp = threadIdx.x / WARP, picked = max(launch.top_k, launch.num_groups);
-  uint32* words = smem + warp * launch.words_per_warp;
-  float* logits = reinterpret_cast<float*>(words) + picked;
+  int warp = threadIdx.x / WARP;
 #pragma unroll 1
   for (int64 first = begin; first < end; first += WARPS) {
     int count = end - first < WARPS ? (int)(end - first) : WARPS;
     if (launch.logits_type == FLOAT32) load<WARPS, float>(launch, first, count, smem);
     else if (launch.logits_type == BFLOAT16) load<WARPS, bf16>(launch, first, count, smem);
     else load<WARPS, fp16>(launch, first, count, smem);
+    finish<WARPS>(launch, count, smem);
     __syncthreads();
     if (warp < count) {
-      Token<KEYS> row{launch, logits, words, words + picked + launch.num_experts, (int)threadIdx.x % WARP, 0.0f, 1.0f};
-      row.rank();
-      if (launch.expert_table) row.look_up(first + warp);
-      else row.choose();
-      if (launch.scoring == SPARSE_MIXER) row.mix(first + warp);
-      else row.weigh(first + warp);
+      Token<KEYS> token(launch, smem + warp * launch.words_per_warp);
+      token.rank();
+      if (launch.expert_table) token.look_up(first + warp);
+      else token.choose();
+      if (launch.scoring == SPARSE_MIXER) token.mix(first + warp);
+      else token.weigh(first + warp);
     }
     __syncthreads();
   }

@@ -199,7 +199,7 @@ def test_words_of_a_warp_are_enough_for_every_choice():
     logits = np.random.default_rng(0).normal(0, 1, (40, 96)).astype(ml_dtypes.bfloat16)
     for num_groups in (1, 3, 96):
         router = cumoe.Router(96, "sigmoid", num_groups=num_groups, top_groups=num_groups)
-        assert route.words_per_warp(router, 96) == 96 + 96 * (1 if num_groups == 1 else 2)
+        assert route.words_per_warp(router, 96) == 2 * 96 + 96 * (1 if num_groups == 1 else 2)
         ids, weights, groups, _ = run(np.zeros((40, 8), BF16), None, router, logits=logits)
         assert_routing(logits, router, ids, weights)
         assert_same(groups, sort(ids, 96))

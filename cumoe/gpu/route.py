@@ -51,9 +51,9 @@ def keys_of_lane(num_experts: int) -> int:
 
 
 def words_per_warp(router: Router, num_experts: int) -> int:
-    """Return the words of shared memory of a warp: choices, logits, and keys where something else ranks the experts."""
+    """Return the words of shared memory of a warp: see Row in kernels/route.cuh."""
     ranks_apart = router.selection_bias is not None or router.num_groups > 1
-    return max(router.top_k, router.num_groups) + num_experts * (2 if ranks_apart else 1)
+    return max(router.top_k, router.num_groups) + router.top_k + num_experts * (2 if ranks_apart else 1)
 
 
 def pack(logits: Any, router: Router, out: Routing, input_ids: Any = None, router_bias: Any = None) -> Packed:
