@@ -3,7 +3,8 @@
 //   grid     blocks over (token, run of columns); a thread owns VECTOR neighbouring columns of one token
 //   order    slots 0 .. top_k - 1, then shared experts 0 .. num_shared - 1, then the residual, in float32: the same
 //            bits on every run
-//   memory   the residual and AHEAD rows are asked for before the first is added, 16 bytes each
+//   memory   the residual and AHEAD rows, routed and shared alike, are asked for before the first is added, 16 bytes each;
+//            four blocks an SM, so that two rows a token keep the memory busy too
 //   edges    a slot without an expert (row -1) adds nothing; VECTOR = 1 serves widths and addresses that are odd; y
 //            may be the residual: a thread reads its elements before it writes them
 #include "overlap.cuh"
@@ -34,25 +35,30 @@ template <typename T, int VECTOR> __device__ __forceinline__ Pack<T, VECTOR> loa
 // T: type of y; R: type of the rows.
 template <typename T, typename R, int VECTOR> __device__ __forceinline__ void combine(const CombineLaunch& p) {
   wait_for_previous_kernel();
-  int columns = p.hidden_size / VECTOR;
+  launch_next_kernel();
+  int columns = p.hidden_size / VECTOR, num_sources = p.top_k + p.num_shared;
   int64 total = p.num_tokens * columns;
   for (int64 i = (int64)blockIdx.x * THREADS + threadIdx.x; i < total; i += (int64)gridDim.x * THREADS) {
-    int64 token = i / columns;
-    int64 column = i % columns * VECTOR;
+    // A division of 64 bits takes as long as all the rest.
+    int token = total <= 0xffffffffll ? (int)((uint32)i / (uint32)columns) : (int)(i / columns);
+    int column = (int)(i - (int64)token * columns) * VECTOR;
+    int64 at = (int64)token * p.hidden_size + column;
     float sum[VECTOR] = {};
     Pack<T, VECTOR> residual;
-    if (p.residual) residual = load<T, VECTOR>(p.residual, token * p.hidden_size + column);
-    for (int first = 0; first < p.top_k; first += AHEAD) {
+    if (p.residual) residual = load<T, VECTOR>(p.residual, at);
+    for (int first = 0; first < num_sources; first += AHEAD) {
       Pack<R, VECTOR> values[AHEAD];
       float weights[AHEAD];
       bool exists[AHEAD];
 #pragma unroll
       for (int j = 0; j < AHEAD; ++j) {
-        int64 slot = token * p.top_k + first + j;
-        int64 row = first + j < p.top_k ? p.inverse_permutation[slot] : -1;
-        exists[j] = row >= 0;
-        weights[j] = exists[j] && p.topk_weights ? p.topk_weights[slot] : 1.0f;
-        if (exists[j]) values[j] = load<R, VECTOR>(p.rows, row * p.hidden_size + column);
+        int source = first + j, slot = token * p.top_k + source;
+        int row = source < p.top_k ? p.inverse_permutation[slot] : -1;
+        weights[j] = row >= 0 && p.topk_weights ? p.topk_weights[slot] : 1.0f;
+        exists[j] = row >= 0 || (source >= p.top_k && source < num_sources);
+        int64 index = row >= 0 ? (int64)row * p.hidden_size + column
+                               : (int64)(source - p.top_k) * p.num_tokens * p.hidden_size + at;
+        if (exists[j]) values[j] = load<R, VECTOR>(row >= 0 ? p.rows : p.shared_rows, index);
       }
 #pragma unroll
       for (int j = 0; j < AHEAD; ++j)
@@ -61,11 +67,6 @@ template <typename T, typename R, int VECTOR> __device__ __forceinline__ void co
           for (int v = 0; v < VECTOR; ++v) sum[v] = fmaf(weights[j], to_float(values[j].at[v]), sum[v]);
         }
     }
-    for (int s = 0; s < p.num_shared; ++s) {
-      Pack<R, VECTOR> value = load<R, VECTOR>(p.shared_rows, (s * p.num_tokens + token) * p.hidden_size + column);
-#pragma unroll
-      for (int v = 0; v < VECTOR; ++v) sum[v] += to_float(value.at[v]);
-    }
     if (p.residual) {
 #pragma unroll
       for (int v = 0; v < VECTOR; ++v) sum[v] += to_float(residual.at[v]);
@@ -73,14 +74,14 @@ template <typename T, typename R, int VECTOR> __device__ __forceinline__ void co
     Pack<T, VECTOR> out;
 #pragma unroll
     for (int v = 0; v < VECTOR; ++v) out.at[v] = from_float<T>(sum[v]);
-    *reinterpret_cast<Pack<T, VECTOR>*>(static_cast<T*>(p.y) + token * p.hidden_size + column) = out;
+    *reinterpret_cast<Pack<T, VECTOR>*>(static_cast<T*>(p.y) + at) = out;
   }
 }
 
 }  // namespace combine
 
 #define COMBINE(NAME, T, R, VECTOR)                                                                        \
-  extern "C" __global__ void __launch_bounds__(combine::THREADS)                                           \
+  extern "C" __global__ void __launch_bounds__(combine::THREADS, 4)                                        \
       NAME(const __grid_constant__ combine::CombineLaunch launch) { combine::combine<T, R, VECTOR>(launch); }
 
 COMBINE(combine_float32_float32_1, float, float, 1)
