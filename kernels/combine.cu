@@ -4,7 +4,7 @@
 //   order    slots 0 .. top_k - 1, then shared experts 0 .. num_shared - 1, then the residual, in float32: the same
 //            bits on every run
 //   memory   the residual and AHEAD rows, routed and shared alike, are asked for before the first is added, 16 bytes each;
-//            four blocks an SM, so that two rows a token keep the memory busy too
+//            three blocks an SM
 //   edges    a slot without an expert (row -1) adds nothing; VECTOR = 1 serves widths and addresses that are odd; y
 //            may be the residual: a thread reads its elements before it writes them
 #include "overlap.cuh"
@@ -81,7 +81,7 @@ template <typename T, typename R, int VECTOR> __device__ __forceinline__ void co
 }  // namespace combine
 
 #define COMBINE(NAME, T, R, VECTOR)                                                                        \
-  extern "C" __global__ void __launch_bounds__(combine::THREADS, 4)                                        \
+  extern "C" __global__ void __launch_bounds__(combine::THREADS, 3)                                        \
       NAME(const __grid_constant__ combine::CombineLaunch launch) { combine::combine<T, R, VECTOR>(launch); }
 
 COMBINE(combine_float32_float32_1, float, float, 1)

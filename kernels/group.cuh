@@ -88,6 +88,7 @@ template <int WARPS> __device__ __forceinline__ void count(const GroupLaunch& p,
 
 template <int WARPS> __device__ __forceinline__ int block_total(const int* histograms, int num_bins, int bin) {
   int total = 0;
+#pragma unroll
   for (int warp = 0; warp < WARPS; ++warp) total += histograms[warp * num_bins + bin];
   return total;
 }
@@ -174,12 +175,15 @@ template <int WARPS> __device__ __forceinline__ void place(const GroupLaunch& p,
 #pragma unroll 1
     for (int bin = threadIdx.x; bin < num_bins; bin += THREADS) p.expert_offsets[bin] = first_rows[bin];
   // Turn each warp's count into the row of its first slot: rows of earlier blocks, then of earlier warps.
+#pragma unroll 1
   for (int bin = threadIdx.x; bin < num_bins; bin += THREADS) {
-    int row = first_rows[bin] + earlier_rows[bin];
+    int row = first_rows[bin] + earlier_rows[bin], counts[WARPS];  // all read at once: a store would hold up the next load
+#pragma unroll
+    for (int warp = 0; warp < WARPS; ++warp) counts[warp] = histograms[warp * num_bins + bin];
+#pragma unroll
     for (int warp = 0; warp < WARPS; ++warp) {
-      int count = histograms[warp * num_bins + bin];
       histograms[warp * num_bins + bin] = row;
-      row += count;
+      row += counts[warp];
     }
   }
   __syncthreads();  // every warp knows its first rows
