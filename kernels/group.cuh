@@ -88,7 +88,7 @@ template <int WARPS> __device__ __forceinline__ void count(const GroupLaunch& p,
 
 template <int WARPS> __device__ __forceinline__ int block_total(const int* histograms, int num_bins, int bin) {
   int total = 0;
-#pragma unroll
+#pragma unroll 8
   for (int warp = 0; warp < WARPS; ++warp) total += histograms[warp * num_bins + bin];
   return total;
 }
@@ -177,13 +177,14 @@ template <int WARPS> __device__ __forceinline__ void place(const GroupLaunch& p,
   // Turn each warp's count into the row of its first slot: rows of earlier blocks, then of earlier warps.
 #pragma unroll 1
   for (int bin = threadIdx.x; bin < num_bins; bin += THREADS) {
-    int row = first_rows[bin] + earlier_rows[bin], counts[WARPS];  // all read at once: a store would hold up the next load
+    int row = first_rows[bin] + earlier_rows[bin], counts[8];  // read ahead: a store would hold up the next load
+#pragma unroll 1
+    for (int first = 0; first < WARPS; first += 8) {
+      int* at = histograms + first * num_bins + bin;
 #pragma unroll
-    for (int warp = 0; warp < WARPS; ++warp) counts[warp] = histograms[warp * num_bins + bin];
+      for (int i = 0; i < 8; ++i) counts[i] = at[i * num_bins];
 #pragma unroll
-    for (int warp = 0; warp < WARPS; ++warp) {
-      histograms[warp * num_bins + bin] = row;
-      row += counts[warp];
+      for (int i = 0; i < 8; ++i) at[i * num_bins] = row, row += counts[i];
     }
   }
   __syncthreads();  // every warp knows its first rows
