@@ -2,7 +2,7 @@
 //
 //   grid     group_count and group_place: the same blocks, each owns a run of `slots_per_block` slots; a single block needs
 //            no group_count
-//   block    1024 threads, or 256 for at most 1024 slots and where shared memory is short
+//   block    1024 threads, or 256 where there is one block and where shared memory is short
 #include "group.cuh"
 #include "overlap.cuh"
 

@@ -4,7 +4,7 @@
 //   grid     each block routes a run of tokens_per_block neighbouring tokens; see route.cuh
 //   then     PLACE: the block that ends last sorts all slots (at most 4096); the others are gone by then
 //            PUBLISH: every block counts its own slots, and group_place follows with the same blocks
-//   block    32 warps, or 8 for few slots and where shared memory is short
+//   block    32 warps, or 8 where one block sorts and where shared memory is short
 //   smem     words_per_warp words a warp that routes (see route.cuh), then the counters of group.cuh in the same place
 //
 //   blocks_done        counter in global memory, 0 between launches: ids written before an arrival are seen by the last one

@@ -149,6 +149,7 @@ def test_a_framed_layer_can_be_captured(rng):
     moe, _ = build(GPU, layer, frame(rng, names, 128, 64, BF16), rng, 128)
     x = GPU.asarray(rng.standard_normal((33, 128)).astype(BF16))
     y = cupy.zeros(x.shape, x.dtype)
+    cupy.cuda.Device().synchronize()  # the next stream waits for no other
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
         expected = moe(x)

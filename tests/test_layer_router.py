@@ -10,10 +10,10 @@ from test_group import assert_same, sort
 from test_route import SCORINGS, assert_routing, on
 
 import cumoe
-from cumoe.gpu import group, route
+from cumoe.gpu import group, route, router_gemm
 from cumoe.gpu.layer_router import LayerRouter
 from cumoe.gpu.route_and_group import PLACE, PUBLISH, max_blocks, split
-from cumoe.gpu.router_gemm import CHUNK, FEW, FEW_TOKENS, MANY, num_parts, num_tiles
+from cumoe.gpu.router_gemm import CHUNK, FEW, MANY
 from cumoe.gpu.router_gemm import split as split_planes
 
 SMALL_SHARED_BYTES, LARGE_SHARED_BYTES = 99 << 10, 227 << 10  # sm_86 and sm_120; sm_90
@@ -25,9 +25,12 @@ SMALL_SHARED_BYTES, LARGE_SHARED_BYTES = 99 << 10, 227 << 10  # sm_86 and sm_120
 @given(st.integers(1, 2**20), st.integers(1, 1024), st.integers(1, 8192), st.sampled_from([1, 108, 132]))
 def test_logits_come_whole_or_in_chunks(num_tokens, num_experts, hidden_size, num_sms):
     """Every SM has a tile, or every chunk a part of its own; nothing between, or the order of the sum would change."""
-    parts = num_parts(num_tokens, num_experts, hidden_size, num_sms)
+    size = num_tokens, num_experts, hidden_size
+    tile = router_gemm.tile_for(*size, num_sms)
+    parts = router_gemm.num_parts(tile, *size, num_sms)
     assert parts in (1, -(-hidden_size // CHUNK))
-    assert parts == -(-hidden_size // CHUNK) or num_tiles(num_tokens, num_experts) >= num_sms
+    assert parts == -(-hidden_size // CHUNK) or router_gemm.num_tiles(tile, num_tokens, num_experts) >= num_sms
+    assert (tile is FEW) == (-(-num_tokens // 16) * -(-num_experts // 32) * -(-hidden_size // CHUNK) <= 8 * num_sms)
 
 
 @given(
@@ -118,10 +121,12 @@ def assert_product(logits, x, weight):
 @pytest.mark.parametrize(
     ("num_tokens", "num_experts", "hidden_size"),
     [(1, 1, 8), (1, 1, 1600), (15, 33, 64), (17, 40, 72), (3, 5, 504), (16, 32, 512), (2, 31, 520), (9, 70, 1600),
-     (FEW_TOKENS + 3, 130, 72), (FEW_TOKENS + 1, 9, 1032)],
+     (259, 130, 72), (257, 9, 1032)],
 )  # fmt: skip
-def test_logits_against_float64(dtype, weight_dtype, num_tokens, num_experts, hidden_size):
+@pytest.mark.parametrize("tile", [FEW, MANY], ids=["few", "many"])
+def test_logits_against_float64(monkeypatch, dtype, weight_dtype, num_tokens, num_experts, hidden_size, tile):
     """Float32 accuracy: nothing is rounded to 16 bits, float32 weights included."""
+    monkeypatch.setattr(router_gemm, "tile_for", lambda *size: tile)
     x, weight = tokens_and_weight(hidden_size, num_tokens, num_experts, hidden_size, dtype, weight_dtype)
     *_, parts = run(x, weight, cumoe.Router(1))
     assert (parts != -77).all()
@@ -130,17 +135,22 @@ def test_logits_against_float64(dtype, weight_dtype, num_tokens, num_experts, hi
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "weight_dtype"), [("bfloat16",) * 2, ("bfloat16", "float32")])
-def test_a_logit_has_the_same_bits_in_every_batch(dtype, weight_dtype):
-    """Both tiles, whole or in chunks: enough experts that one tile an SM is reached."""
-    x, weight = tokens_and_weight(7, FEW_TOKENS + 130, 260, 1100, dtype, weight_dtype)
-    *_, parts = run(x, weight, cumoe.Router(1))
-    whole = added_up(parts)
-    seen = {(FEW if len(x) <= FEW_TOKENS else MANY, len(parts) > 1)}
-    for begin, end in ((0, 1), (5, 21), (3, 3 + FEW_TOKENS), (100, len(x))):
-        *_, some = run(x[begin:end], weight, cumoe.Router(1))
-        seen.add((FEW if end - begin <= FEW_TOKENS else MANY, len(some) > 1))
-        assert added_up(some).tobytes() == whole[begin:end].tobytes()
-    assert len(seen) > 1
+def test_a_logit_has_the_same_bits_in_every_batch(monkeypatch, dtype, weight_dtype):
+    """Both tiles, whole or in chunks, any tokens beside it."""
+    x, weight = tokens_and_weight(7, 150, 140, 1100, dtype, weight_dtype)
+
+    def logits(begin, end, tile, chunks):
+        monkeypatch.setattr(router_gemm, "tile_for", lambda *size: tile)
+        monkeypatch.setattr(router_gemm, "num_parts", lambda *size: chunks)
+        *_, parts = run(x[begin:end], weight, cumoe.Router(1))
+        assert len(parts) == chunks
+        return added_up(parts)
+
+    whole = logits(0, 150, MANY, 1)
+    for begin, end, tile, chunks in (
+        (0, 150, FEW, 1), (0, 150, FEW, 3), (0, 150, MANY, 3), (0, 1, FEW, 3), (5, 21, FEW, 1), (100, 150, MANY, 3),
+    ):  # fmt: skip
+        assert logits(begin, end, tile, chunks).tobytes() == whole[begin:end].tobytes()
 
 
 @pytest.mark.gpu

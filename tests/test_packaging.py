@@ -238,7 +238,9 @@ def test_shared_memory_suffices_for_grouping(num_slots, num_experts):
     """On every GPU; where there is enough of it, many slots get the larger block."""
     warps = group.num_warps(num_slots, num_experts, SMALLEST_SHARED_BYTES)
     assert group.shared_bytes(warps, num_experts) <= SMALLEST_SHARED_BYTES
-    assert group.num_warps(num_slots, num_experts, HOPPER_SHARED_BYTES) == (8 if num_slots <= group.FEW_SLOTS else 32)
+    assert group.num_warps(num_slots, num_experts, HOPPER_SHARED_BYTES) == (
+        8 if num_slots <= group.ONE_BLOCK_SLOTS else 32
+    )
 
 
 def hopper_bytes(tile, num_groups):

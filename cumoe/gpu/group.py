@@ -10,8 +10,8 @@ from cumoe.gpu.compile import current_device, launch, max_shared_bytes
 from cumoe.gpu.structs import Packed, Struct
 
 WARPS = 32
-FEW_WARPS, FEW_SLOTS = 8, 1024
-"""A smaller block for a few slots: there is less to clear and to add up. It also serves where the counters of the
+FEW_WARPS = 8
+"""A smaller block where one is enough: there is less to clear and to add up. It also serves where the counters of the
 larger one do not fit into shared memory: sm_86, sm_89 and sm_120 with more than 744 experts."""
 MAX_RANKED = 64
 """Up to so many slots are compared with each other; the number is that of kernels/group.cuh."""
@@ -41,7 +41,7 @@ def num_blocks(num_slots: int) -> int:
 
 def num_warps(num_slots: int, num_experts: int, max_bytes: int) -> int:
     """Return how many warps a block has on a GPU that gives it at most `max_bytes` of shared memory."""
-    return FEW_WARPS if num_slots <= FEW_SLOTS or shared_bytes(WARPS, num_experts) > max_bytes else WARPS
+    return FEW_WARPS if num_slots <= ONE_BLOCK_SLOTS or shared_bytes(WARPS, num_experts) > max_bytes else WARPS
 
 
 def shared_bytes(warps: int, num_experts: int) -> int:

@@ -16,7 +16,7 @@ TAIL = Struct(pointer=("blocks_done",), int32=("tokens_per_block", "then"))
 class Split(NamedTuple):
     """How the tokens are spread."""
 
-    warps: int  # of a block: 32, or 8 for few slots and where shared memory is short
+    warps: int  # of a block: 32, or 8 where one block sorts and where shared memory is short
     tokens_per_block: int
     blocks: int
     then: int  # PLACE: the last block sorts all slots; PUBLISH: group_place follows
@@ -40,8 +40,7 @@ def split(num_tokens: int, top_k: int, words_per_warp: int, num_experts: int, ma
         Whether a counter says which block comes last; without one only a single block can sort.
     """
     num_slots = num_tokens * top_k
-    few = num_slots <= group.FEW_SLOTS or group.shared_bytes(group.WARPS, num_experts) > max_bytes
-    warps = group.FEW_WARPS if few else group.WARPS
+    warps = group.num_warps(num_slots, num_experts, max_bytes)
     tokens_per_block = -(-num_tokens // group.MAX_BLOCKS)
     if not alone and num_tokens <= warps and num_slots <= group.ONE_BLOCK_SLOTS:
         tokens_per_block = num_tokens  # one block, which needs no second launch

@@ -5,15 +5,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cumoe.door.arrays import cupy
-from cumoe.gpu.compile import launch, num_multiprocessors
+from cumoe.gpu.compile import current_device, launch, num_multiprocessors
 from cumoe.gpu.stacks import rows_are_aligned, strides
 from cumoe.gpu.structs import Struct
 
 CHUNK = 512
 """Hidden positions that are summed from zero; the sums of chunks are added in order."""
 
-FEW_TOKENS = 256
-"""Up to here the small tile serves."""
+MAX_FEW_BLOCKS = 8
+"""Up to so many blocks an SM the small tile serves: more would read the tokens too often."""
 
 LAUNCH = Struct(
     pointer=("x", "w", "logits", "blocks_done"),
@@ -40,20 +40,20 @@ class Tile(NamedTuple):
 FEW, MANY = Tile("few", 32, 16, 2, 8), Tile("many", 128, 128, 8, 3)
 
 
-def tile_for(num_tokens: int) -> Tile:
-    """Return the tile for so many tokens."""
-    return FEW if num_tokens <= FEW_TOKENS else MANY
+def tile_for(num_tokens: int, num_experts: int, hidden_size: int, num_sms: int) -> Tile:
+    """Return the tile for logits of this size; they have the same bits with either."""
+    blocks = num_tiles(FEW, num_tokens, num_experts) * -(-hidden_size // CHUNK)
+    return FEW if blocks <= MAX_FEW_BLOCKS * num_sms else MANY
 
 
-def num_tiles(num_tokens: int, num_experts: int) -> int:
+def num_tiles(tile: Tile, num_tokens: int, num_experts: int) -> int:
     """Return the tiles of one part."""
-    tile = tile_for(num_tokens)
     return -(-num_tokens // tile.tokens) * -(-num_experts // tile.experts)
 
 
-def num_parts(num_tokens: int, num_experts: int, hidden_size: int, num_sms: int) -> int:
+def num_parts(tile: Tile, num_tokens: int, num_experts: int, hidden_size: int, num_sms: int) -> int:
     """Return how many parts the logits come in: one a chunk, unless there are tiles for every SM without that."""
-    return 1 if num_tiles(num_tokens, num_experts) >= num_sms else -(-hidden_size // CHUNK)
+    return 1 if num_tiles(tile, num_tokens, num_experts) >= num_sms else -(-hidden_size // CHUNK)
 
 
 def planes_of(router_weight: Any, dtype: np.dtype) -> Any:
@@ -104,7 +104,7 @@ def router_gemm(x: Any, planes: Any, logits: Any, blocks_done: Any) -> bool:
         return True
     num_planes, num_experts, _ = planes.shape
     plane_stride, row_stride, _ = strides(planes)
-    tile = tile_for(num_tokens)
+    tile = tile_for(num_tokens, num_experts, hidden_size, num_multiprocessors(current_device()))
     argument = LAUNCH(
         x=x,
         w=planes,
@@ -120,7 +120,7 @@ def router_gemm(x: Any, planes: Any, logits: Any, blocks_done: Any) -> bool:
         num_parts=logits.shape[0],
         padding=0,
     )
-    grid = num_tiles(num_tokens, num_experts) * logits.shape[0]
+    grid = num_tiles(tile, num_tokens, num_experts) * logits.shape[0]
     name = f"router_gemm_{x.dtype.name}_{tile.name}"
     launch(name, grid, tile.warps * 32, argument, tile.shared_bytes, overlap=True)
     return True
@@ -128,5 +128,5 @@ def router_gemm(x: Any, planes: Any, logits: Any, blocks_done: Any) -> bool:
 
 def logits_shape(num_tokens: int, num_experts: int, hidden_size: int, device_id: int) -> tuple[int, int, int]:
     """Return the shape of the logits in parts."""
-    parts = num_parts(num_tokens, num_experts, hidden_size, num_multiprocessors(device_id))
-    return parts, num_tokens, num_experts
+    size, num_sms = (num_tokens, num_experts, hidden_size), num_multiprocessors(device_id)
+    return num_parts(tile_for(*size, num_sms), *size, num_sms), num_tokens, num_experts
