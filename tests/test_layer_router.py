@@ -137,7 +137,7 @@ def test_logits_against_float64(monkeypatch, dtype, weight_dtype, num_tokens, nu
 @pytest.mark.parametrize(("dtype", "weight_dtype"), [("bfloat16",) * 2, ("bfloat16", "float32")])
 def test_a_logit_has_the_same_bits_in_every_batch(monkeypatch, dtype, weight_dtype):
     """Both tiles, whole or in chunks, any tokens beside it."""
-    x, weight = tokens_and_weight(7, 150, 140, 1100, dtype, weight_dtype)
+    x, weight = tokens_and_weight(7, 150, 140, 1104, dtype, weight_dtype)
 
     def logits(begin, end, tile, chunks):
         monkeypatch.setattr(router_gemm, "tile_for", lambda *size: tile)
