@@ -3,8 +3,7 @@
 //   grid     blocks over (token, run of columns); a thread owns VECTOR neighbouring columns of one token
 //   order    slots 0 .. top_k - 1, then shared experts 0 .. num_shared - 1, then the residual, in float32: the same
 //            bits on every run
-//   memory   the residual and AHEAD rows, routed and shared alike, are asked for before the first is added, 16 bytes each;
-//            three blocks an SM
+//   memory   the residual and AHEAD rows, routed and shared alike, are asked for before the first is added, 16 bytes each
 //   edges    a slot without an expert (row -1) adds nothing; VECTOR = 1 serves widths and addresses that are odd; y
 //            may be the residual: a thread reads its elements before it writes them
 #include "overlap.cuh"
@@ -25,6 +24,11 @@ struct CombineLaunch {
 static_assert(sizeof(CombineLaunch) == 72, "cumoe/gpu/combine.py packs 72 bytes");
 
 constexpr int THREADS = 256, AHEAD = 4;
+#if __CUDA_ARCH__ == 900
+constexpr int MIN_BLOCKS = 3;  // an SM: 80 registers a thread
+#else
+constexpr int MIN_BLOCKS = 2;
+#endif
 
 template <typename T, int VECTOR> struct alignas(sizeof(T) * VECTOR) Pack { T at[VECTOR]; };
 
@@ -81,7 +85,7 @@ template <typename T, typename R, int VECTOR> __device__ __forceinline__ void co
 }  // namespace combine
 
 #define COMBINE(NAME, T, R, VECTOR)                                                                        \
-  extern "C" __global__ void __launch_bounds__(combine::THREADS, 3)                                        \
+  extern "C" __global__ void __launch_bounds__(combine::THREADS, combine::MIN_BLOCKS)                      \
       NAME(const __grid_constant__ combine::CombineLaunch launch) { combine::combine<T, R, VECTOR>(launch); }
 
 COMBINE(combine_float32_float32_1, float, float, 1)

@@ -6,21 +6,23 @@
 #include "group.cuh"
 #include "overlap.cuh"
 
-#define GROUP_COUNT(NAME, WARPS)                                                                                     \
-  extern "C" __global__ void __launch_bounds__(WARPS * WARP) NAME(const __grid_constant__ group::GroupLaunch launch) { \
-    extern __shared__ int histograms[]; /* (WARPS, num_experts + 1) */                                              \
-    wait_for_previous_kernel();                                                                                     \
-    launch_next_kernel();                                                                                           \
-    group::Part part{(int)blockIdx.x, (int)gridDim.x};                                                              \
-    group::count<WARPS>(launch, part, histograms);                                                                  \
-    group::publish<WARPS>(launch, part, histograms);                                                                \
+#define GROUP_COUNT(NAME, WARPS)                                                    \
+  extern "C" __global__ void __launch_bounds__(WARPS * WARP, 1)                     \
+      NAME(const __grid_constant__ group::GroupLaunch launch) {                     \
+    extern __shared__ int histograms[]; /* (WARPS, num_experts + 1) */              \
+    wait_for_previous_kernel();                                                     \
+    launch_next_kernel();                                                           \
+    group::Part part{(int)blockIdx.x, (int)gridDim.x};                              \
+    group::count<WARPS>(launch, part, histograms);                                  \
+    group::publish<WARPS>(launch, part, histograms);                                \
   }
-#define GROUP_PLACE(NAME, WARPS)                                                                                     \
-  extern "C" __global__ void __launch_bounds__(WARPS * WARP) NAME(const __grid_constant__ group::GroupLaunch launch) { \
-    extern __shared__ int histograms[]; /* (WARPS + 2, num_experts + 1) */                                          \
-    wait_for_previous_kernel();                                                                                     \
-    launch_next_kernel();                                                                                           \
-    group::place<WARPS>(launch, {(int)blockIdx.x, (int)gridDim.x}, histograms);                                     \
+#define GROUP_PLACE(NAME, WARPS)                                                    \
+  extern "C" __global__ void __launch_bounds__(WARPS * WARP, 1)                     \
+      NAME(const __grid_constant__ group::GroupLaunch launch) {                     \
+    extern __shared__ int histograms[]; /* (WARPS + 2, num_experts + 1) */          \
+    wait_for_previous_kernel();                                                     \
+    launch_next_kernel();                                                           \
+    group::place<WARPS>(launch, {(int)blockIdx.x, (int)gridDim.x}, histograms);     \
   }
 
 GROUP_COUNT(group_count, 32)
