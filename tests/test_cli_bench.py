@@ -528,7 +528,7 @@ def test_stages_on_the_gpu(monkeypatch, tmp_path, capsys, name):
     *_, header, nothing = capsys.readouterr().out.splitlines()[:4]
     assert header.split() == ["layer", "tokens", "stage", "cold", "warm"]
     assert nothing.split()[:3] == [name, "3", "nothing"]
-    rows = list(csv.DictReader(path.open()))
+    rows = list(csv.DictReader(path.read_text().splitlines()))
     assert [(row["tokens"], row["stage"]) for row in rows] == [
         (tokens, stage) for tokens in ("3", "300") for stage in ("router GEMM", "route + group", "experts", "combine")
     ]
