@@ -18,6 +18,7 @@ from fuzz.run import run_cases
 from fuzz.truth import truth
 
 import cumoe
+from cumoe.data.routing import GPU_MAX_EXPERTS
 
 TESTS = Path(__file__).resolve().parent
 NUM_CASES = {"cpu": 300, "gpu": 1000}
@@ -59,6 +60,7 @@ def test_cases_are_what_they_say():
     cases = [draw(3, number) for number in range(400)]
     assert {case.options["distribution"] for case in cases if case.router is None} == set(DISTRIBUTIONS)
     assert {case.options["x_lies"] for case in cases} == set(FORMS)
+    assert max(case.num_experts + case.num_identity_experts for case in cases) == GPU_MAX_EXPERTS
     assert {case.dtype.name for case in cases} == {"float32", "float16", "bfloat16"}
     for form in FORMS:
         array = np.arange(1, 25, dtype=np.float32).reshape(2, 3, 4)

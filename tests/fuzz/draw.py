@@ -7,6 +7,7 @@ import numpy as np
 from support import DTYPES
 
 import cumoe
+from cumoe.data.routing import GPU_MAX_EXPERTS
 
 SIZES = (1, 3, 7, 8, 16, 24, 33, 64, 72, 96, 131, 136)
 MANY_SIZES = (200, 264, 352)
@@ -138,7 +139,8 @@ def draw(seed: int, number: int, largest: bool = True) -> Case:
     x = _sparse(rng, tall).astype(dtype)
     parts: dict[str, Any] = {}
     if o["routed_here"]:
-        identity = o["num_identity_experts"] = pick((0, 0, 2, 8)) if o["weight_on"] == "output" else 0
+        identity = pick((0, 0, 2, 8)) if o["weight_on"] == "output" else 0
+        identity = o["num_identity_experts"] = min(identity, GPU_MAX_EXPERTS - o["num_experts"])
         num_choices = o["num_experts"] + identity
         parts |= {"num_identity_experts": identity, "router": _draw_router(rng, o, num_choices)}
         weight = rng.integers(-1, 2, (num_choices, o["hidden_size"]))
