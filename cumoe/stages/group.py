@@ -46,7 +46,8 @@ def group(topk_ids: Any, num_experts: int) -> Groups:
 
     Notes
     -----
-    GPU: one launch up to 4096 slots, two above; current stream, no host synchronisation, no atomic that decides a position, can be captured.
+    GPU: one launch up to 4096 slots, two above; current stream, no host synchronisation, can be captured in a graph; no
+    atomic decides a position.
 
     Examples
     --------
