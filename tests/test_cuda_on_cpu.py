@@ -47,7 +47,7 @@ NOT_HERE = " and ".join(
         # Contexts and caches are CuPy's, not the kernels'; threads take turns here, and one dtype shows what there is
         # to see of pools and graphs.
         *("threads_share", "(graph_replays and float16)", "(allocate_nothing and float16)"),
-        *("captured", "graph_uses", "pool_with", "is_spoiled", "two_gpus", "second_context", "forked_after_cuda"),
+        *("graph_uses", "pool_with", "is_spoiled", "two_gpus", "second_context", "forked_after_cuda"),
         # Here every run is the same; and more of the same is long.
         *("every_time", "many_tokens", "(normal_numbers and 400)", "test_sizes", "two_bytes_count", "not_square"),
         *("bias_was_in_the_weights",),
