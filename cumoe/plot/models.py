@@ -40,8 +40,8 @@ def models(rows: Sequence[Row], theme: Theme) -> Any:
     Parameters
     ----------
     rows : sequence of dict
-        With the columns `COLUMNS`, and ``percent_NAME``, or ``us`` and ``us_NAME``, of baselines. Of several routings the first is
-        drawn.
+        With the columns `COLUMNS`, and ``percent_NAME``, or ``us`` and ``us_NAME``, of baselines. Of several
+        routings the first is drawn.
     theme : Theme
 
     Returns
