@@ -112,13 +112,10 @@ def texts_of(figure):
     return [(text, box) for text, box in boxes if box.width and box.height]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_nothing_is_cut_and_no_text_lies_over_another(kind, files):
-    """Every box of text is inside the figure, and meets no other by more than a pixel."""
-    pytest.importorskip("matplotlib")
+def nothing_is_cut_or_overlaps(figure):
+    """Assert that every box of text is inside the figure, and meets no other by more than a pixel."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    figure = figure_of(kind, files, THEMES["light"])
     FigureCanvasAgg(figure)
     texts = texts_of(figure)
     assert len(texts) > 5
@@ -129,6 +126,13 @@ def test_nothing_is_cut_and_no_text_lies_over_another(kind, files):
         across = min(a.x1, b.x1) - max(a.x0, b.x0)
         down = min(a.y1, b.y1) - max(a.y0, b.y0)
         assert across < 1 or down < 1, f"{one!r} lies over {other!r}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_cut_and_no_text_lies_over_another(kind, files):
+    """Every box of text is inside the figure, and meets no other by more than a pixel."""
+    pytest.importorskip("matplotlib")
+    nothing_is_cut_or_overlaps(figure_of(kind, files, THEMES["light"]))
 
 
 @pytest.mark.parametrize("theme", THEMES.values())
@@ -261,13 +265,31 @@ def make():
     return module
 
 
-def test_the_file_of_the_readme_says_what_its_tables_say():
-    """After a change there, `python .ci/figures/make.py` writes it and the pictures again."""
-    rows = make().readme_rows((ROOT / "README.md").read_text(encoding="utf-8"))
+def test_the_tables_of_the_readme_say_what_was_measured():
+    """Both: the one of cumoe alone, of which this reads every cell, and the one that the picture is made from."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = make().readme_rows(text)
     with (FIGURES / "public.csv").open(newline="", encoding="utf-8") as file:
-        assert list(csv.DictReader(file)) == rows
+        assert list(csv.DictReader(file)) == rows  # after a change, `python .ci/figures/make.py` writes it again
+    measured = read_rows([FIGURES / "bench.csv"], models.COLUMNS)
+    percents = {(row["layer"], row["tokens"]): f"{float(row['percent']):.0f}" for row in measured}
     assert len(rows) == 42
-    assert all(float(row["us"]) > 0 and 0 < float(row["percent"]) <= 100 for row in rows)
+    for row in rows:
+        assert row["percent"] == percents[row["layer"], row["tokens"]], row
+        bold = f"**{row['percent']}** / {row['percent_best_public']}"
+        assert bold in text or float(row["percent"]) < float(row["percent_best_public"])
+    for layer in SHAPES:
+        mine = [row for row in measured if row["layer"] == layer]
+        cells = [f"{float(row['us']):.0f} ({float(row['percent']):.0f})" for row in mine]
+        assert f"| {layer} | {' | '.join(cells)} |" in text
+
+
+@pytest.mark.parametrize("kind", ["roofline", "imbalance", "timeline", "public"])
+def test_pictures_of_the_readme_have_no_text_over_another(kind):
+    """With the numbers that they are made from."""
+    pytest.importorskip("matplotlib")
+    name, source = make().FIGURES[kind]
+    nothing_is_cut_or_overlaps(figure_of(name, {name: next(FIGURES.glob(source))}, THEMES["light"]))
 
 
 def test_every_picture_of_the_readme_is_there():

@@ -1,5 +1,6 @@
 """The README and the docstrings: what they show runs, what they name exists."""
 
+import ast
 import doctest
 import importlib
 import importlib.util
@@ -7,6 +8,7 @@ import os
 import pkgutil
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -71,7 +73,7 @@ def test_python_block_runs(body, tmp_path):
 
 @pytest.mark.parametrize("command", commands())
 def test_command_is_there(command, tmp_path):
-    """Commands of the package run; of other programs what they are given exists."""
+    """Commands of the package run; of scripts the docstring says the same; of others what they are given exists."""
     program, *arguments = shlex.split(command)
     if program.startswith(".ci/"):
         assert os.access(ROOT / program, os.X_OK)
@@ -82,11 +84,17 @@ def test_command_is_there(command, tmp_path):
         config = MIXTRAL | {"hidden_size": 64}
         tensors = mixtral(np.random.default_rng(0), layers=(1, 2), config=config)
         write_checkpoint(tmp_path / "checkpoint", config, tensors)
+        for file in (ROOT / ".ci" / "figures").glob("*.csv"):
+            shutil.copy(file, tmp_path)
         done = subprocess.run(
             [sys.executable, *arguments], cwd=tmp_path, env=in_checkout(), capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
         assert not done.stderr
+    elif program == "python" and arguments[0].endswith(".py"):  # it may need transformers
+        source = (ROOT / arguments[0]).read_text(encoding="utf-8")
+        usage = ast.get_docstring(ast.parse(source))
+        assert command in " ".join(usage.split())
     elif program.removeprefix(".venv/bin/") == "python":
         assert arguments[0] == "-m"
         assert importlib.util.find_spec(arguments[1]) is not None

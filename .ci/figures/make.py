@@ -1,13 +1,15 @@
-"""Make the pictures of the README again, from its own tables and from the CSV files in this folder.
+"""Make the pictures of the README again, from its own table and from the CSV files in this folder.
 
     python .ci/figures/make.py
 
 A picture is made where a file for it is there; bench1.csv and bench2.csv, say, count as one. They come from a GPU:
 
-    python -m cumoe bench --csv .ci/figures/bench.csv
-    python -m cumoe bench --layers Qwen3-30B-A3B DeepSeek-V3 Mixtral-8x7B --tokens 4096 --baselines \
+    python -m cumoe bench --baselines --csv .ci/figures/bench.csv
+    python -m cumoe bench --layers Qwen3-30B-A3B Mixtral-8x7B --tokens 4096 --baselines \
         --routing balanced uniform zipf:0.25 zipf:0.5 zipf:1 zipf:1.5 one-hot --csv .ci/figures/imbalance.csv
-    stages.csv: a line a stage with the columns layer, tokens, stage, us and, where known, begin_us and percent
+    python -m cumoe bench --stages --layers DeepSeek-V3 Qwen3-30B-A3B --tokens 1 64 4096 --csv .ci/figures/stages.csv
+
+The last holds the six cases that the timeline has room for.
 """
 
 import csv
@@ -19,13 +21,12 @@ from cumoe.cli.main import main as cumoe
 
 FOLDER = Path(__file__).resolve().parent
 README = FOLDER.parent.parent / "README.md"
-TABLES = {"us": "us: cumoe / best public", "percent": "% of the ceiling: cumoe / best public"}
+HEAD = "% of the ceiling: cumoe / best public"
 FIGURES = {
     "flow": ("flow", ""),
     "roles": ("roles", ""),
     "load": ("load", ""),
     "public": ("models", "public.csv"),
-    "models": ("models", "bench*.csv"),
     "roofline": ("roofline", "bench*.csv"),
     "imbalance": ("imbalance", "imbalance*.csv"),
     "timeline": ("timeline", "stages*.csv"),
@@ -34,26 +35,23 @@ FIGURES = {
 
 
 def readme_rows(text: str) -> list[dict[str, str]]:
-    """Return the two tables of the performance section as rows: layer, tokens, and both numbers of both tables."""
-    rows: dict[tuple[str, str], dict[str, str]] = {}
-    measured = re.search(r"^Measured on an (\w+)", text, re.MULTILINE)
-    gpu = f"{measured[1]}; each side with the roofs of its own run" if measured else ""
-    for name, head in TABLES.items():
-        table = re.search(rf"^\| {re.escape(head)} \|(.*)\n\|[-:|]+\n((?:\|.*\n)+)", text, re.MULTILINE)
-        if table is None:
-            raise ValueError(f"README.md has no table that begins with {head!r}")
-        tokens = re.findall(r"(\d+) tokens?", table[1])
-        for line in table[2].splitlines():
-            layer, *cells = (cell.strip() for cell in line.strip("|").split("|"))
-            for count, cell in zip(tokens, cells, strict=True):
-                ours, best = (part.strip(" *") for part in cell.split("/"))
-                row = rows.setdefault((layer, count), {"layer": layer, "tokens": count})
-                row |= {name: ours, f"{name}_best_public": best, "gpu": gpu}
-    return list(rows.values())
+    """Return the table of both sides as rows: layer, tokens, GPUs, and the per cent of either side."""
+    measured = re.findall(r"[Mm]easured on an (\w+)", text)
+    table = re.search(rf"^\| {re.escape(HEAD)} \|(.*)\n\|[-:|]+\n((?:\|.*\n)+)", text, re.MULTILINE)
+    if table is None or len(measured) != 2:
+        raise ValueError(f"README.md: expected a table that begins with {HEAD!r}, and twice 'measured on an ...'")
+    gpu = f"cumoe on an {measured[0]}; best public on an {measured[1]}; each side with the roofs of its own run"
+    rows = []
+    for line in table[2].splitlines():
+        layer, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        for count, cell in zip(re.findall(r"(\d+) tokens?", table[1]), cells, strict=True):
+            ours, best = (part.strip(" *") for part in cell.split("/"))
+            rows.append({"layer": layer, "tokens": count, "gpu": gpu, "percent": ours, "percent_best_public": best})
+    return rows
 
 
 def write_public(path: Path) -> None:
-    """Write the tables of the README as a CSV file."""
+    """Write that table as a CSV file."""
     rows = readme_rows(README.read_text(encoding="utf-8"))
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")

@@ -7,7 +7,7 @@ from typing import Any
 from cumoe.plot.style import Theme, caption, new_figure
 from cumoe.plot.table import Row, distinct, needed, number, where_and_when
 
-COLUMNS = ("layer", "tokens", "us", "percent")
+COLUMNS = ("layer", "tokens", "percent")
 LABELS = {
     "best_public": "best public layer",
     "replication": "replication",
@@ -21,7 +21,8 @@ INSIDE = 25  # per cent: lower bars have their number above them
 def percents(row: Row) -> dict[str, float | None]:
     """Return the per cent of the ceiling by series: "cumoe", and each baseline of which there is a column.
 
-    A baseline's own column ``percent_NAME`` counts, else its time ``us_NAME`` against the ceiling of the row.
+    A baseline's own column ``percent_NAME`` counts, else its time ``us_NAME`` against the ceiling of the row, for which
+    the row needs ``us``.
     """
     own = needed(row, "percent")
     found: dict[str, float | None] = {"cumoe": own}
@@ -39,8 +40,8 @@ def models(rows: Sequence[Row], theme: Theme) -> Any:
     Parameters
     ----------
     rows : sequence of dict
-        With the columns `COLUMNS`, and ``us_NAME`` or ``percent_NAME`` of baselines. Of several routings the first is
-        drawn.
+        With the columns `COLUMNS`, and ``percent_NAME``, or ``us`` and ``us_NAME``, of baselines. Of several
+        routings the first is drawn.
     theme : Theme
 
     Returns

@@ -35,7 +35,7 @@ def timeline(rows: Sequence[Row], theme: Theme) -> Any:
     Parameters
     ----------
     rows : sequence of dict
-        With the columns `COLUMNS`; the first 6 cases are drawn.
+        With the columns `COLUMNS`; the first 6 cases are drawn, from the fourth on in two columns.
     theme : Theme
 
     Returns
@@ -43,10 +43,14 @@ def timeline(rows: Sequence[Row], theme: Theme) -> Any:
     matplotlib.figure.Figure
     """
     cases = list(cases_of(rows).items())[:MAX_CASES]
-    heights = [len(stages) + 2 for _, stages in cases]
-    figure = new_figure(theme, 10, 0.8 + 0.3 * sum(heights))
-    panels = figure.subplots(len(cases), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, ((layer, tokens), stages) in zip(panels, cases, strict=True):
+    columns = 1 if len(cases) <= MAX_CASES // 2 else 2
+    height = -(-len(cases) // columns)
+    lanes = max(len(stages) for _, stages in cases) + 2
+    figure = new_figure(theme, 10, 0.8 + 0.3 * height * lanes)
+    panels = figure.subplots(height, columns, squeeze=False).T.ravel()
+    for axes in panels[len(cases) :]:
+        axes.set_axis_off()
+    for axes, ((layer, tokens), stages) in zip(panels, cases, strict=False):
         total = max(begin + us for _, begin, us, _ in stages)
         for lane, (_, begin, us, percent) in enumerate(stages):
             axes.barh(lane, us, left=begin, height=0.72, color=theme.series[lane % len(theme.series)])
@@ -63,7 +67,7 @@ def timeline(rows: Sequence[Row], theme: Theme) -> Any:
         axes.set_title(f"{case_name(layer, tokens)}: {total:,.0f} us", loc="left", fontsize=9.5)
         axes.grid(visible=True, axis="x")
         axes.set_axisbelow(True)
-    panels[-1].set_xlabel("us")
+        axes.set_xlabel("us")
     caption(figure, theme, "Where the time goes", where_and_when(rows))
     return figure
 
