@@ -20,7 +20,7 @@ from cumoe.gpu.sources import kernels_directory
 
 TESTS = Path(__file__).resolve().parent
 SUITES = {
-    "test_moe.py": 38,
+    "test_moe.py": 30,
     "test_known_bugs.py": 125,
     "test_limits.py": 90,
     "test_fuzz.py": 1,
@@ -30,12 +30,12 @@ SUITES = {
     "test_grouped_gemm.py": 38,
     "test_route.py": 120,
     "test_layer_router.py": 80,
-    "test_layer.py": 40,
-    "test_replay.py": 38,
+    "test_layer.py": 25,
+    "test_replay.py": 20,
     "test_group.py": 60,
     "test_frame.py": 60,
     "test_combine.py": 30,
-    "test_capture.py": 20,
+    "test_capture.py": 15,
     "test_plan.py": 17,
     "test_activation.py": 70,
 }
@@ -56,7 +56,10 @@ NOT_HERE = " and ".join(
     )
 )
 
-TIMEOUT_S = 140
+TWO_DTYPES = {"test_moe.py", "test_layer.py", "test_replay.py", "test_capture.py"}
+"""Suites that leave bfloat16 out: on the CPU it is float16 with another conversion, and portable_tiles.py has both."""
+
+TIMEOUT_S = 240
 
 
 class Run(NamedTuple):
@@ -120,7 +123,10 @@ def runs(request, library):
     if any(item.name == test_every_kernel_was_launched.__name__ for item in request.session.items):
         asked = set(SUITES)
     with ThreadPoolExecutor(2) as pool:
-        futures = {suite: pool.submit(run_suite, library, suite, "-k", NOT_HERE) for suite in SUITES if suite in asked}
+        few = {suite: f"{NOT_HERE} and not bfloat16" if suite in TWO_DTYPES else NOT_HERE for suite in SUITES}
+        futures = {
+            suite: pool.submit(run_suite, library, suite, "-k", few[suite]) for suite in SUITES if suite in asked
+        }
         yield futures
         pool.shutdown(cancel_futures=True)
 
