@@ -238,7 +238,7 @@ MUTANTS = {
         ("group",), "test_group.py", "many_slots and 5000",
     ),
     "equals_move_the_row_too_early": Mutant(
-        "group.cu", "__syncwarp();  // every equal", "// every equal",
+        "group.cuh", "__syncwarp();  // every equal", "// every equal",
         ("group",), "test_group.py", "many_slots and 5000",
     ),
     "one_row_too_many": Mutant(

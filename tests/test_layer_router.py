@@ -169,7 +169,7 @@ def test_router_weights_of_any_layout():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_tokens", [1, 9, 130])
-@pytest.mark.parametrize(("num_experts", "num_identity"), [(1, 0), (31, 2), (256, 0), (1000, 24)])
+@pytest.mark.parametrize(("num_experts", "num_identity"), [(1, 0), (31, 2), (256, 0), (300, 0), (1000, 24)])
 def test_chosen_and_sorted_in_one_kernel(dtype, num_tokens, num_experts, num_identity):
     """Logits of the caller: one block up to the tokens of its warps, then blocks that publish their counts."""
     rng = np.random.default_rng(num_tokens + num_experts)
@@ -182,6 +182,17 @@ def test_chosen_and_sorted_in_one_kernel(dtype, num_tokens, num_experts, num_ide
         ids, weights, groups, _ = run(x, None, router, logits=logits, num_experts=num_experts)
         assert_routing(logits, router, ids, weights)
         assert_same(groups, sort(ids, num_experts))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_experts", [40, 300, 520])
+def test_more_slots_than_one_block_sorts(num_experts):
+    """Every block publishes its counts; lanes hold 8, 16 and 32 experts."""
+    logits = np.random.default_rng(num_experts).normal(0, 2, (521, num_experts)).astype(np.float32)
+    router = cumoe.Router(8, "sigmoid")
+    ids, weights, groups, _ = run(np.zeros((521, 8), np.float32), None, router, logits=logits)
+    assert_routing(logits, router, ids, weights)
+    assert_same(groups, sort(ids, num_experts))
 
 
 @pytest.mark.gpu
