@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import DTYPES, GPU, gpu_is_there, random_layer
+from support import DTYPES, GPU, random_layer
 
 import cumoe
 from cumoe.gpu import config, group
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not gpu_is_there(), reason="no CUDA device")]
+pytestmark = pytest.mark.gpu
 
 HIDDEN, EXPERTS, TOP_K = 1096, 8, 2
 """Three chunks of the router, the last one ragged; few experts, so that few tokens reach the largest tile."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import BF16, DTYPES, gpu_is_there
+from support import BF16, DTYPES
 
 import cumoe
 from cumoe.bench import circumstances, draw, roofs, timer
@@ -465,8 +465,6 @@ def test_a_file_that_cannot_be_written(numpy_gpu, tmp_path, capsys):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_small_layer_on_the_gpu(dtype, monkeypatch, tmp_path, capsys):
     """Measured times are positive, and a graph replay is what is timed."""
-    if not gpu_is_there():
-        pytest.skip("no CUDA device")
     try:
         import cupy.cublas  # noqa: F401
     except ImportError:
@@ -491,8 +489,6 @@ def test_a_small_layer_on_the_gpu(dtype, monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_baselines_compute_the_same_on_the_gpu(name, dtype):
     """The kernels of the loop, cuBLAS, torch."""
-    if not gpu_is_there():
-        pytest.skip("no CUDA device")
     cupy = pytest.importorskip("cupy")
     try:
         import cupy.cublas
@@ -546,8 +542,6 @@ def test_stages_on_the_gpu(monkeypatch, tmp_path, capsys, name):
 @pytest.mark.gpu
 def test_host_times_on_the_gpu(monkeypatch, capsys):
     """A line a batch; a replay is the least, and every later call less than the first."""
-    if not gpu_is_there():
-        pytest.skip("no CUDA device")
     monkeypatch.setitem(SHAPES, "tiny", TINY)
     assert main(["bench", "--host", "--layers", "tiny", "--tokens", "1", "300"]) == 0
     device, layers, header, *lines = capsys.readouterr().out.splitlines()

@@ -12,17 +12,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from support import CPU, DTYPES, GPU, assert_close, gpu_is_there, random_layer
+from support import CPU, DTYPES, GPU, assert_close, random_layer
 
 import cumoe
 from cumoe.gpu import compile as compiling
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def needs_gpu(test):
-    """Mark a test that has no CPU half."""
-    return pytest.mark.gpu(pytest.mark.skipif(not gpu_is_there(), reason="no CUDA device")(test))
 
 
 def run_python(program, **environment):
@@ -88,7 +83,7 @@ def call_stages(made, x):
 CALLS = {"moe": call_function, "stages": call_stages}
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_allocation_of_a_call_may_fail(monkeypatch, call, dtype):
@@ -113,7 +108,7 @@ def test_any_allocation_of_a_call_may_fail(monkeypatch, call, dtype):
     assert GPU.asnumpy(result).tobytes() == expected
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_layer_that_cannot_grow_stays_as_it_was(monkeypatch, dtype):
     """Memory for a larger batch is not there: small batches go on, and the larger one works as soon as it is."""
@@ -139,7 +134,7 @@ def test_a_layer_that_cannot_grow_stays_as_it_was(monkeypatch, dtype):
     assert GPU.asnumpy(layer(x)).tobytes() == whole
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_a_pool_with_a_limit():
     """CuPy's own exception, and the layer afterwards."""
     import cupy
@@ -166,7 +161,7 @@ def test_a_pool_with_a_limit():
 # --- graphs ---
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("kept", ["layer", "experts"])
 def test_what_a_graph_uses_is_kept(kept):
     """Tokens, logits, ids of another type, all let go after the capture: their memory is not given to others."""
@@ -225,7 +220,7 @@ def test_a_capture_is_what_holds(monkeypatch):
 # --- several at once ---
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_two_gpus_at_once():
     """A layer on each, called in turn and from two threads; arrays of the other are refused."""
     import cupy
@@ -263,7 +258,7 @@ def test_two_gpus_at_once():
         cumoe.moe(made[0][0], made[1][1], made[1][2])
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_a_second_context_on_the_same_gpu():
     """Another thread works in a context of its own, as other libraries do; neither sees the other."""
     import ctypes
@@ -331,7 +326,7 @@ def test_a_forked_process_computes(parent):
     assert child == own
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_a_process_that_forked_after_cuda_began():
     """The import goes through and NumPy arrays are served; the log says why the GPU is not."""
     begun = "import cupy; cupy.zeros(3)"
@@ -509,7 +504,7 @@ print(cumoe.group(ids, 3).permutation.tolist())
 """
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("fault", ["cut", "changed", "emptied", "a folder", "read-only"])
 def test_a_kernel_cache_that_is_spoiled(tmp_path, fault):
     """Kernels are compiled again, or without it; what comes out is right."""

@@ -8,17 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import CPU, DTYPES, GPU, assert_close, gpu_is_there, random_layer
+from support import CPU, DTYPES, GPU, assert_close, random_layer
 
 import cumoe
 from cumoe.door.arrays import give_back
 
 ROUTER = cumoe.Router(2, renormalize=True, scale=2.5)
-
-
-def needs_gpu(test):
-    """Mark a test that has no CPU half."""
-    return pytest.mark.gpu(pytest.mark.skipif(not gpu_is_there(), reason="no CUDA device")(test))
 
 
 @dataclass
@@ -197,7 +192,7 @@ def test_threads_share_a_layer(backend, one_stream):
             assert set(got) == {wanted}
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("first", [64, 1])
 def test_later_calls_allocate_nothing(dtype, first):
@@ -215,7 +210,7 @@ def test_later_calls_allocate_nothing(dtype, first):
     assert GPU.asnumpy(out).tobytes() == eager(made, made.tokens(0, 64)).tobytes()
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("warm", [True, False])
 def test_a_graph_replays_with_other_tokens(dtype, warm):
