@@ -20,8 +20,10 @@ SUBJECTS = {
     "every tile that dispatch can choose": "test_tiles test_dispatch test_dispatch_sweep",
     "failures of other projects": "test_known_bugs",
     "limits of sizes and arrays": "test_limits test_large",
-    "refusals": "test_refusals",
-    "faults: memory, compiler, driver, cache, processes": "test_faults",
+    "refusals": "test_refusals test_refusals_owners test_checkpoint_broken",
+    "faults: memory, compiler, driver, cache, processes": (
+        "test_faults_memory test_faults_processes test_faults_compiler"
+    ),
     "hand-over: torch, JAX, maps of files, interfaces": (
         "test_interop test_handover_gpu test_dlpack_export test_dlpack_import test_dlpack_libraries"
     ),

@@ -16,7 +16,7 @@ import pytest
 MAX_EXAMPLES = 4
 FUZZ_CASES = 60
 LEFT_OUT = (
-    *("test_refusals.py", "test_large.py", "test_faults.py", "test_cli", "test_checkpoint", "test_readme.py"),
+    *("test_refusals", "test_large.py", "test_faults", "test_cli", "test_bench", "test_checkpoint", "test_readme.py"),
     *("test_handover_gpu.py", "test_interop.py"),
 )
 TOO_LARGE = (

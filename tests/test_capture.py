@@ -5,7 +5,7 @@ import gc
 import numpy as np
 import pytest
 from support import CPU, DTYPES, GPU, random_layer
-from test_replay import EXPERTS, HIDDEN, TOP_K, VOCABULARY, bits, build, draw, on_gpu
+from whole_layers import EXPERTS, HIDDEN, TOP_K, VOCABULARY, bits, build, draw
 
 import cumoe
 
@@ -16,7 +16,7 @@ def fill(captured, arguments):
         getattr(captured, name)[...] = array
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_tokens", [1, 20])
 def test_graph_replays_are_calls(dtype, num_tokens):
@@ -35,7 +35,7 @@ def test_graph_replays_are_calls(dtype, num_tokens):
         assert bits(captured.y) == bits(layer(**arguments))
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("names", "inputs", "with_table"),
     [
@@ -61,7 +61,7 @@ def test_captured_inputs(names, inputs, with_table):
         assert bits(captured()) == bits(layer(**arguments))
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_captured_without_a_router_weight():
     """The logits are an input unasked."""
     made = build("float32")
@@ -73,7 +73,7 @@ def test_captured_without_a_router_weight():
     assert bits(captured()) == bits(layer(**arguments))
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_captured_layers_outlive_what_made_them():
     """The layer, its weights and its workspace; and larger calls in between move nothing."""
     import cupy
@@ -94,7 +94,7 @@ def test_captured_layers_outlive_what_made_them():
     assert bits(y) == wanted  # the result is the reader's as long as it is held
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_captured_replays_allocate_nothing():
     """And take no more memory than they say, however much the layer has reserved."""
     import cupy
@@ -121,7 +121,7 @@ def test_captured_layers_need_a_gpu(num_tokens):
         layer.capture(num_tokens)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -139,7 +139,7 @@ def test_captured_refusals(arguments, error, message):
         build("float32").capture(*arguments)
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_a_captured_table_takes_any_id():
     """Ids beyond the table have no expert, as in a plain call."""
     layer = build("float32", with_table=True)

@@ -1,4 +1,4 @@
-"""The benchmark: what it counts, what it refuses and what it skips; on a GPU one small layer."""
+"""`cumoe bench`: lines and a file, what it refuses and what it skips; on a GPU one small layer."""
 
 import csv
 import sys
@@ -7,36 +7,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from support import BF16, DTYPES
+from bench_problems import ROOFS, TINY, NumpySteps
 
-import cumoe
-from cumoe.bench import circumstances, draw, roofs, timer
-from cumoe.bench.baselines import BASELINES, run_of
-from cumoe.bench.case import HEADER, Case, Measured, case_of
-from cumoe.bench.cublas_loop import CublasLoop
-from cumoe.bench.distributions import Distribution
-from cumoe.bench.draw import CHUNK, Weights, fill
-from cumoe.bench.problem import Problem
-from cumoe.bench.roofs import Roofs
-from cumoe.bench.shapes import NUM_TOKENS, SHAPES, Shape
-from cumoe.bench.timer import Times, times_of
-from cumoe.bench.torch_grouped import TorchGrouped
+from cumoe.bench import circumstances, roofs, timer
+from cumoe.bench.baselines import BASELINES
+from cumoe.bench.case import HEADER
+from cumoe.bench.shapes import SHAPES
+from cumoe.bench.timer import Times
 from cumoe.cli import bench as bench_module
 from cumoe.cli.main import main
 from cumoe.cli.progress import say, with_progress
 
-TINY = Shape(64, 48, 8, 2, 1, 48, "input", "sigmoid")
 HOST_TITLES = ["first", "call", "out=", "residual", "replay", "moe()"]
-ROOFS = Roofs(product=800e12, copy=4e12, read=4e12)
-TINY_SHAPES = {
-    "input": TINY,
-    "shared": Shape(64, 48, 8, 2, 2, 40),
-    "gate": Shape(64, 48, 8, 2, 1, 96, shared_gate=True),
-    "ungated": Shape(64, 48, 8, 2, 1, 40, activation="relu2", layout="ungated"),
-    "biases": Shape(64, 48, 8, 2, activation="gpt_oss", layout="interleaved", biases=True),
-}
 
 
 class FakeTimer:
@@ -53,25 +35,6 @@ class FakeTimer:
 
     def us(self, run, replay="graph"):
         return self.times(run, replay).us
-
-
-class NumpySteps:
-    """What the kernels of the loop compute."""
-
-    def gather(self, x, tokens, scales):
-        rows = x[tokens].astype(np.float32)
-        return (rows if scales is None else rows * scales[:, None]).astype(x.dtype)
-
-    def activate(self, hidden, activation):
-        values = hidden.astype(np.float32)
-        if activation == "relu2":
-            return (np.maximum(values, 0) ** 2).astype(hidden.dtype)
-        gate, up = np.split(values, 2, axis=1)
-        return (gate / (1 + np.exp(-gate)) * up).astype(hidden.dtype)
-
-    def add(self, total, rows, tokens, scales):
-        rows = rows.astype(np.float32)
-        total[tokens] += rows if scales is None else rows * scales[:, None]
 
 
 @pytest.fixture
@@ -99,21 +62,6 @@ def numpy_gpu(monkeypatch):
     monkeypatch.setitem(SHAPES, "tiny", TINY)
 
 
-def problem_of(shape, num_tokens=33, dtype=BF16, routing="uniform", weight_on=None):
-    weights = Weights(np, shape, dtype)
-    return Problem(np, shape, weights, num_tokens, weight_on or shape.weight_on, Distribution(routing))
-
-
-def exact(problem):
-    """Return what the problem is by definition."""
-    weights = problem.weights
-    return cumoe.reference.moe(problem.x, problem.routing, weights.experts, weights.shared, weight_on=problem.weight_on)
-
-
-def difference(y, expected):
-    return np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected)
-
-
 def refused(capsys, *arguments):
     """Run the command, which must be refused; return the line that says why."""
     try:
@@ -125,176 +73,6 @@ def refused(capsys, *arguments):
     assert captured.err.count("\n") == 1
     assert captured.err.startswith("cumoe bench: ")
     return captured.err
-
-
-@pytest.mark.parametrize(
-    ("name", "billions"),  # of routed and shared weights: a layer's share of what the model is named after
-    [
-        ("Mixtral-8x7B", 1.409),
-        ("Qwen3-30B-A3B", 0.604),
-        ("Qwen3-Next-80B", 1.614),
-        ("DeepSeek-V3", 11.319),
-        ("DeepSeek-V2-Lite", 0.571),
-        ("Qwen2-57B-A14B", 1.982),
-        ("Llama-4-Scout", 2.139),
-        ("Llama-4-Maverick", 16.232),
-        ("gpt-oss-120b", 3.185),
-        ("GLM-4.5-Air", 2.232),
-        ("Nemotron-3-Nano", 1.297),
-    ],
-)
-def test_sizes_of_the_layers(name, billions):
-    """The table has these layers, each with this many weights of 2 bytes."""
-    shape = SHAPES[name]
-    assert shape.weight_bytes(shape.num_experts) / 2e9 == pytest.approx(billions, abs=1e-3)
-    assert (shape.weight_on == "input") == name.startswith("Llama-4") == shape.is_replicable
-
-
-def test_table():
-    """Eleven layers, six numbers of tokens, what is particular about some."""
-    assert len(SHAPES) == 11
-    assert NUM_TOKENS == (1, 8, 64, 512, 4096, 16384)
-    assert SHAPES["DeepSeek-V2-Lite"].shared_width == 2816
-    assert SHAPES["Qwen2-57B-A14B"].shared_width == 20480
-    assert [name for name, shape in SHAPES.items() if shape.shared_gate] == ["Qwen3-Next-80B", "Qwen2-57B-A14B"]
-    assert SHAPES["Nemotron-3-Nano"].num_matrices == 2
-
-
-def test_counts():
-    """Two operations a weight and token, two bytes a weight that is hit."""
-    assert SHAPES["Mixtral-8x7B"].flops(3) == 6 * 3 * 4096 * 2 * 14336
-    assert SHAPES["Mixtral-8x7B"].weight_bytes(5) == 6 * 4096 * 5 * 14336
-    shared, ungated = TINY_SHAPES["shared"], TINY_SHAPES["ungated"]
-    assert shared.flops(10) == 6 * 10 * 64 * (2 * 48 + 2 * 40)
-    assert shared.weight_bytes(0) == 6 * 64 * 2 * 40
-    assert ungated.flops(1) == 4 * 64 * (2 * 48 + 40)
-
-
-@pytest.mark.parametrize("name", TINY_SHAPES)
-def test_drawn_weights_are_those_that_are_counted(name):
-    """Of routed and shared experts together."""
-    shape = TINY_SHAPES[name]
-    weights = Weights(np, shape, BF16)
-    runs = [weights.experts.weights, *(weights.shared.weights if weights.shared else ())]
-    assert sum(each.w_gate_up.nbytes + each.w_down.nbytes for each in runs) == shape.weight_bytes(shape.num_experts)
-    assert (weights.shared is None) == (not shape.shared_width)
-    assert (weights.stacked is not None) == shape.is_replicable
-    assert weights.shared is None or (weights.shared.gate is not None) == shape.shared_gate
-    assert (weights.experts.weights.b_down is not None) == shape.biases
-
-
-def test_ceiling():
-    """Whichever takes longer, computing or reading."""
-    assert ROOFS.ceiling(800 * 10**6, 1) == pytest.approx(1)
-    assert ROOFS.ceiling(1, 8 * 10**6) == pytest.approx(2)
-    assert ROOFS.binding(800 * 10**6, 1) == "product"
-    assert ROOFS.binding(1, 8 * 10**6) == "read"
-
-
-def test_quantiles():
-    """Of twenty runs the fifth from either end, about."""
-    assert times_of([float(i) for i in range(19, -1, -1)]) == Times(9.5, 4.0, 15.0)
-    assert times_of([3.0]) == Times(3.0, 3.0, 3.0)
-
-
-@pytest.mark.parametrize("on_output", [None, 260.0])
-def test_rows(on_output):
-    """Rates follow from the time; a CSV row has a cell for each field, in the order that it always had."""
-    problem, shape = problem_of(TINY, 1), TINY
-    measured = Measured(Times(250.0, 240.0, 255.0), on_output, {"torch": 500.0, "replication": None}, {"sm": 1755})
-    found = case_of("tiny", problem, measured, ROOFS, "uniform")
-    assert found.tflops == pytest.approx(shape.flops(1) / 250e-6 / 1e12)
-    assert found.tb_per_s == pytest.approx(shape.weight_bytes(2) / 250e-6 / 1e12)
-    assert found.ceiling_us == pytest.approx(shape.weight_bytes(2) / 4e6)
-    assert found.percent == pytest.approx(100 * found.ceiling_us / 250)
-    assert Case._fields[:11] == (
-        "layer", "tokens", "dtype", "weight_on", "experts_hit", "us", "tflops", "tb_per_s", "ceiling_us", "percent",
-        "us_on_output",
-    )  # fmt: skip
-    cells = dict(zip(Case._fields, found.row(), strict=True))
-    wanted = {
-        "layer": "tiny", "tokens": "1", "experts_hit": "2", "us": "250.0000", "us_20": "240.0000",
-        "us_on_output": "" if on_output is None else "260.0000", "binds": "read", "routing": "uniform",
-        "most_tokens": "1", "balancedness": "0.2500", "us_torch": "500.0000", "us_replication": "",
-        "us_cublas_loop": "", "sm_mhz": "1755", "memory_mhz": "",
-    }  # fmt: skip
-    assert {name: cells[name] for name in wanted} == wanted
-    assert found.line().endswith("2.00x")
-    assert len(found.line()) == len(HEADER)
-
-
-@pytest.mark.parametrize("name", TINY_SHAPES)
-@pytest.mark.parametrize("weight_on", ["input", "activation", "output"])
-def test_baselines_compute_the_same(name, weight_on):
-    """Each that says it can; with CuPy's kernels written out in NumPy."""
-    problem = problem_of(TINY_SHAPES[name], 33, weight_on=weight_on)
-    expected = exact(problem)
-    assert difference(problem.run(), expected) < 5e-3
-    served = {baseline: BASELINES[baseline].serves(problem) for baseline in BASELINES}
-    assert served["replication"] == (name == "input" and weight_on == "input")
-    assert served["cublas-loop"] == (name not in ("gate", "biases") and weight_on != "activation")
-    if served["replication"]:
-        run, _ = run_of("replication", problem)
-        assert difference(run(), expected) < 2e-2
-    if served["cublas-loop"]:
-        assert difference(CublasLoop(problem, NumpySteps()).run(), expected) < 2e-2
-
-
-@pytest.mark.parametrize("name", TINY_SHAPES)
-@pytest.mark.parametrize("routing", ["uniform", "one-hot"])
-def test_torch_computes_the_same(name, routing):
-    """Also with experts that nobody goes to."""
-    torch = pytest.importorskip("torch")
-    problem = problem_of(TINY_SHAPES[name], 20, routing=routing)
-    assert TorchGrouped.serves(problem) == (name != "biases")
-    if name == "biases":
-        assert run_of("torch", problem) is None
-        return
-    run, replay = run_of("torch", problem)
-    assert replay == "torch graph"
-    y = run()
-    assert y.dtype == torch.bfloat16
-    assert difference(y.float().numpy(), exact(problem)) < 2e-2
-
-
-@pytest.mark.parametrize("name", ["uniform", "balanced", "zipf:0", "zipf:1.2", "zipf", "one-hot"])
-def test_distributions(name):
-    """Distinct experts a token, the same every time, as uneven as the word says."""
-    shape = Shape(8, 8, 16, 3)
-    first, again = (Distribution(name).routing(np, shape, 2000) for _ in range(2))
-    assert (first.topk_ids == again.topk_ids).all()
-    assert all(len(set(row)) == 3 for row in first.topk_ids.tolist())
-    counts = np.bincount(first.topk_ids.ravel(), minlength=16)
-    if name == "balanced":
-        assert counts.max() - counts.min() <= 1
-    elif name == "one-hot":
-        assert counts[0] == 2000 and counts[1:].max() < 400
-    elif name in ("uniform", "zipf:0"):
-        assert counts.min() > 300 and counts.max() < 450
-    else:
-        assert counts[0] > 2 * counts[4] > 2 * counts[-1]
-
-
-def test_zipf_is_a_draw_without_replacement():
-    """With one expert a token, an expert's share is its chance."""
-    routing = Distribution("zipf:1").routing(np, Shape(8, 8, 4, 1), 40_000)
-    shares = np.bincount(routing.topk_ids.ravel(), minlength=4) / 40_000
-    chances = 1 / np.arange(1, 5)
-    assert np.abs(shares - chances / chances.sum()).max() < 0.01
-
-
-def test_routing_from_a_file(tmp_path):
-    """Ids or logits, repeated as often as tokens are wanted."""
-    shape, path = Shape(8, 8, 4, 2), tmp_path / "rows.npy"
-    np.save(path, np.array([[0, 1], [2, 3], [1, 0]]))
-    found = Distribution(str(path))
-    found.check(shape)
-    assert found.routing(np, shape, 5).topk_ids.tolist() == [[0, 1], [2, 3], [1, 0], [0, 1], [2, 3]]
-    logits = np.random.default_rng(0).standard_normal((3, 4))
-    np.save(path, logits)
-    found = Distribution(str(path))
-    found.check(shape)
-    assert found.routing(np, shape, 2).topk_ids.tolist() == (-logits).argsort(1)[:2, :2].tolist()
 
 
 @pytest.mark.parametrize(
@@ -330,36 +108,6 @@ def test_no_array(tmp_path, capsys):
     """Another file."""
     (tmp_path / "x.npy").write_text("hello")
     assert "saved by numpy.save" in refused(capsys, "--routing", str(tmp_path / "x.npy"))
-
-
-@given(st.integers(0, 40), st.sampled_from(["uniform", "balanced", "zipf:2", "one-hot"]))
-def test_few_tokens(num_tokens, name):
-    """Any number of tokens can be routed."""
-    routing = Distribution(name).routing(np, Shape(8, 8, 16, 3), num_tokens)
-    assert routing.topk_ids.shape == routing.topk_weights.shape == (num_tokens, 3)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_filled_numbers_are_normal(dtype):
-    """Moments, no pattern along an axis, others in every chunk and with every seed; never zeros."""
-    a = fill(np, np.empty((1 << 9, 1 << 9), DTYPES[dtype]), 1, 2.0).astype(np.float64).ravel()
-    other = fill(np, np.empty(1 << 18, DTYPES[dtype]), 2, 2.0).astype(np.float64)
-    assert abs(a.mean()) < 0.02
-    assert abs(a.std() - 2) < 0.02
-    assert abs(((a / 2) ** 4).mean() - 3) < 0.1
-    assert (a == 0).mean() < 1e-3
-    for shift in (1, 7, 512):
-        assert abs(np.corrcoef(a[shift:], a[:-shift])[0, 1]) < 0.02
-    assert abs(np.corrcoef(a, other)[0, 1]) < 0.02
-
-
-def test_chunks_differ(monkeypatch):
-    """The second chunk does not repeat the first, and the last may be short."""
-    assert CHUNK * 4 * 4 <= 1 << 30  # four float32 or uint32 arrays at a time
-    monkeypatch.setattr(draw, "CHUNK", 1 << 12)
-    a = fill(np, np.empty((1 << 13) + 5, np.float32), 1, 1.0)
-    assert abs(np.corrcoef(a[: 1 << 12], a[1 << 12 : 1 << 13])[0, 1]) < 0.1
-    assert np.unique(a).size > 8000
 
 
 def test_lines_and_file(numpy_gpu, tmp_path, capsys):
@@ -482,31 +230,6 @@ def test_a_small_layer_on_the_gpu(dtype, monkeypatch, tmp_path, capsys):
     assert all(0 < float(row[name]) < 1e4 for row in rows for name in times)
     assert all(float(row["us_20"]) <= float(row["us"]) <= float(row["us_80"]) for row in rows)
     assert all(row["gpu"] and row["driver"] and int(row["sm_mhz"]) > 100 for row in rows)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", TINY_SHAPES)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_baselines_compute_the_same_on_the_gpu(name, dtype):
-    """The kernels of the loop, cuBLAS, torch."""
-    cupy = pytest.importorskip("cupy")
-    try:
-        import cupy.cublas
-    except ImportError:
-        pytest.skip("no cuBLAS")
-    shape = TINY_SHAPES[name]
-    weights = Weights(cupy, shape, DTYPES[dtype])
-    problem = Problem(cupy, shape, weights, 33, shape.weight_on, Distribution("uniform"))
-    expected = cupy.asnumpy(problem.run()).astype(np.float64)
-    timed = timer.Timer()
-    for baseline in BASELINES:
-        found = run_of(baseline, problem)
-        if found is not None:
-            run, replay = found
-            y = run()
-            y = y.float().cpu().numpy() if replay == "torch graph" else cupy.asnumpy(y)
-            assert difference(y, expected) < 2e-2, baseline
-            assert 0 < timed.us(run, replay) < 1e4
 
 
 @pytest.mark.gpu

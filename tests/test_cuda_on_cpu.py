@@ -24,7 +24,7 @@ SUITES = {
     "test_known_bugs.py": 125,
     "test_limits.py": 90,
     "test_fuzz.py": 1,
-    "test_faults.py": 9,
+    "test_faults_memory.py": 9,
     "cuda_on_cpu/portable_tiles.py": 155,
     "cuda_on_cpu/portable_stages.py": 150,
     "test_grouped_gemm.py": 38,
@@ -44,10 +44,9 @@ SUITES = {
 NOT_HERE = " and ".join(
     f"not {words}"
     for words in (
-        # Contexts and caches are CuPy's, not the kernels'; threads take turns here, and one dtype shows what there is
-        # to see of pools and graphs.
-        *("threads_share", "(graph_replays and float16)", "(allocate_nothing and float16)"),
-        *("graph_uses", "pool_with", "is_spoiled", "two_gpus", "second_context", "forked_after_cuda"),
+        # Pools are CuPy's, not the kernels'; threads take turns here, and one dtype shows what there is to see of pools
+        # and graphs.
+        *("threads_share", "(graph_replays and float16)", "(allocate_nothing and float16)", "graph_uses", "pool_with"),
         # Here every run is the same; and more of the same is long.
         *("every_time", "many_tokens", "(normal_numbers and 400)", "test_sizes", "two_bytes_count", "not_square"),
         *("bias_was_in_the_weights",),

@@ -3,52 +3,14 @@
 import numpy as np
 import pytest
 from support import BF16, CPU, DTYPES, assert_close, random_layer
+from whole_layers import COMBINATIONS, PARTS, frame, on
 
 import cumoe
-
-PARTS = ("input_norm", "output_norm", "latent", "num_identity_experts", "output_bias")
-NUM_IDENTITY = 3
 
 
 @pytest.fixture
 def rng():
     return np.random.default_rng(11)
-
-
-def frame(rng, names, hidden_size, latent_size, dtype):
-    """Return the named parts as arguments of NumPy arrays."""
-
-    def normal(*shape, scale=1.0, like=np.float32):
-        return (rng.standard_normal(shape) * scale).astype(like)
-
-    def drawn(name):
-        if name == "num_identity_experts":
-            return np.int64(NUM_IDENTITY)  # a count may be a NumPy scalar
-        if name == "output_bias":
-            return normal(hidden_size)
-        if name == "latent":
-            return {
-                "w_in": normal(latent_size, hidden_size, scale=hidden_size**-0.5, like=dtype),
-                "w_out": normal(hidden_size, latent_size, scale=latent_size**-0.5, like=dtype),
-                "b_in": normal(latent_size, scale=0.3),
-                "b_out": normal(hidden_size, scale=0.3),
-            }
-        return {"weight": 1 + normal(hidden_size, scale=0.3), "eps": 1e-3}
-
-    return {name: drawn(name) for name in names}
-
-
-def on(backend, parts):
-    """Return the parts as a layer takes them."""
-    classes = {"latent": cumoe.Latent, "input_norm": cumoe.RMSNorm, "output_norm": cumoe.RMSNorm}
-
-    def moved(value):
-        return backend.asarray(value) if isinstance(value, np.ndarray) else value
-
-    return {
-        name: classes[name](**{k: moved(v) for k, v in part.items()}) if isinstance(part, dict) else moved(part)
-        for name, part in parts.items()
-    }
 
 
 def build(backend, layer, parts, rng, hidden_size):
@@ -71,12 +33,6 @@ def by_definition(layer, parts, weight, x):
     routing = cumoe.reference.route(u @ weight.astype(np.float64).T, cumoe.Router(3, renormalize=True))
     _, _, experts, shared = layer.build(CPU)
     return cumoe.reference.moe(v, routing, experts, shared, **parts)
-
-
-COMBINATIONS = [
-    (), *[(part,) for part in PARTS], ("input_norm", "output_norm"), ("latent", "output_bias", "output_norm"),
-    ("input_norm", "num_identity_experts", "output_bias", "output_norm"), ("input_norm", "latent"),
-]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,6 +1,6 @@
 """How large, how small and how odd sizes and arrays may be: the right answer, or a refusal in one sentence.
 
-Offsets beyond 2^31 on a GPU are in test_large.py, wrong kinds and shapes in test_refusals.py.
+Offsets beyond 2^31 on a GPU are in test_large.py, wrong kinds and shapes in test_refusals*.py.
 """
 
 import numpy as np

@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import BF16, CPU, DTYPES, random_layer
-from test_frame import COMBINATIONS, frame, on
-from test_replay import bits, build, draw, on_gpu
+from whole_layers import COMBINATIONS, bits, build, draw, frame, on
 
 import cumoe
 from cumoe.gpu import compile as compile_module
@@ -108,7 +107,7 @@ def test_a_large_plan_takes_no_memory():
 LAUNCHED = [("float32", ()), *(("bfloat16", names) for names in (*COMBINATIONS[:6], ("input_norm", "latent")))]
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "names"), LAUNCHED)
 @pytest.mark.parametrize("num_tokens", [1, 300])
 def test_a_plan_is_what_is_launched(monkeypatch, dtype, names, num_tokens):
@@ -123,7 +122,7 @@ def test_a_plan_is_what_is_launched(monkeypatch, dtype, names, num_tokens):
     assert plan.workspace_bytes == layer.workspace_bytes(num_tokens)
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_a_plan_for_another_gpu_leaves_this_one_alone():
     """What is described does not stick."""
     layer = build("bfloat16")

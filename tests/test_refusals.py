@@ -1,99 +1,42 @@
 """Everything that is refused, and the words: ``name: expected this, got that``.
 
 A row is a function, the arguments that are wrong, the exception, and three pieces of its message. With the arguments
-of `VALID` alone the call succeeds.
+of `VALID` alone the call succeeds. Arrays of another library or device are in test_refusals_owners.py.
 """
-
-import re
-import sys
-from types import FunctionType, SimpleNamespace
 
 import numpy as np
 import pytest
-from support import BF16, CPU, GPU, gpu_is_there
+from refusals import (
+    ARRAY,
+    F16,
+    F32,
+    F64,
+    FACTORS,
+    FLOATS,
+    I32,
+    I64,
+    INTEGERS,
+    TYPE,
+    VALID,
+    VALUE,
+    arguments,
+    arrays,
+    assert_refused,
+    call_layer,
+    counts,
+    experts,
+    groups,
+    numbers,
+    ones,
+    routing,
+    shared,
+    table,
+    words,
+    workspace_bytes,
+)
+from support import BF16
 
 import cumoe
-
-TYPE, VALUE = TypeError, ValueError
-F64, F32, F16, I32, I64 = np.float64, np.float32, np.float16, np.int32, np.int64
-
-
-def ones(*shape, dtype=np.float32):
-    return np.ones(shape, dtype)
-
-
-def experts(asarray, num_experts=6, dtype=np.float32):
-    return cumoe.Experts(asarray(ones(num_experts, 8, 5, dtype=dtype)), asarray(ones(num_experts, 5, 4, dtype=dtype)))
-
-
-def shared(asarray, hidden_size=5, dtype=np.float32):
-    return cumoe.SharedExperts(asarray(ones(8, hidden_size, dtype=dtype)), asarray(ones(hidden_size, 4, dtype=dtype)))
-
-
-def routing(asarray, ids=(3, 2), weights=(3, 2), ids_dtype=I32, weights_dtype=np.float32):
-    return cumoe.Routing(asarray(ones(*ids, dtype=ids_dtype)), asarray(ones(*weights, dtype=weights_dtype)))
-
-
-def groups(asarray):
-    return cumoe.group(asarray(ones(3, 2, dtype=I32)), 6)
-
-
-def call_layer(x, router_logits=None, out=None, **layer):
-    return cumoe.MoE(**layer)(x, router_logits, out=out)
-
-
-def workspace_bytes(num_tokens, **layer):
-    return cumoe.MoE(**layer).workspace_bytes(num_tokens)
-
-
-VALID = {
-    cumoe.Activation: {},
-    cumoe.Router: {"top_k": 2},
-    cumoe.Experts: {"w_gate_up": ones(6, 8, 5), "w_down": ones(6, 5, 4)},
-    cumoe.SharedExperts: {"w_gate_up": ones(8, 5), "w_down": ones(5, 4)},
-    cumoe.route: {"router_logits": ones(3, 6), "router": cumoe.Router(2)},
-    cumoe.group: {"topk_ids": ones(3, 2, dtype=I32), "num_experts": 6},
-    cumoe.grouped_gemm: {"x": ones(6, 5), "w": ones(6, 4, 5), "groups": groups},
-    cumoe.combine: {"rows": ones(6, 5), "groups": groups},
-    cumoe.moe: {"x": ones(3, 5), "routing": routing, "experts": experts},
-    cumoe.MoE: {"router": cumoe.Router(2), "experts": experts},
-    call_layer: {"x": ones(3, 5), "router": cumoe.Router(2), "experts": experts, "router_weight": ones(6, 5)},
-    workspace_bytes: {"num_tokens": 3, "router": cumoe.Router(2), "experts": experts},
-    cumoe.show_config: {"mode": "dicts"},
-    cumoe.expert_load: {"routing": routing, "num_experts": 6},
-}
-"""Arguments that are accepted. A NumPy array is moved to the backend; a function is called with its `asarray`."""
-
-ARRAY = "a NumPy array, a CuPy array or an object with __dlpack__"
-FLOATS = "dtype float32, float16 or bfloat16"
-FACTORS = "dtype float32, float16, bfloat16 or float64"
-INTEGERS = "dtype int8, int16, int32, int64, uint8, uint16 or uint32"
-WRONG = {FLOATS: (F64, I32), FACTORS: (I32, bool), INTEGERS: (F32, bool, np.uint64), "dtype float32": (F16, BF16, F64)}
-WRONG |= {f"dtype float32, like {owner}": (F16, BF16) for owner in ("w_gate_up", "x")}
-
-
-def words(name, known):
-    return [({name: "other"}, VALUE, name, known, "'other'"), ({name: 1}, TYPE, name, "one of the words", "int")]
-
-
-def counts(name, low):
-    rows = [({name: value}, TYPE, name, "an int", type(value).__name__) for value in (True, 2.0, "2")]
-    return [*rows, ({name: low - 1}, VALUE, name, f"at least {low}", str(low - 1))]
-
-
-def numbers(name, **too_low):
-    """Return rows for an argument that is a finite number; `too_low` maps what is expected to numbers below it."""
-    rows = [({name: value}, TYPE, name, "a number", type(value).__name__) for value in (True, "7", np.bool_(True))]
-    rows += [({name: float(word)}, VALUE, name, "a finite number", word) for word in ("nan", "inf", "-inf")]
-    low = {"above": "a number above 0", "at_least": "a number of at least 0"}
-    return rows + [({name: n}, VALUE, name, low[key], f"{n:g}") for key, values in too_low.items() for n in values]
-
-
-def arrays(name, shape, dtypes, axes):
-    """Return rows for an argument that is an array: things that are none, wrong dtypes, an axis too many."""
-    rows = [({name: value}, TYPE, name, ARRAY, type(value).__name__) for value in ([[1.0]], 1.0, F32(1))]
-    rows += [({name: ones(*shape, dtype=d)}, TYPE, name, dtypes, np.dtype(d).name) for d in WRONG[dtypes]]
-    return [*rows, ({name: ones(1, *shape)}, VALUE, name, axes, str((1, *shape)))]
 
 
 def other_groups(field, array, exception, expected, got):
@@ -277,136 +220,13 @@ ROWS = {
 }  # fmt: skip
 
 
-class Foreign:
-    """An array of a library that speaks DLPack and nothing else."""
-
-    def __init__(self, array, device=(1, 0)):
-        self.array, self.device = array, device
-
-    def __dlpack__(self, **options):
-        return self.array.__dlpack__(**options)
-
-    def __dlpack_device__(self):
-        return self.device
-
-
-@pytest.fixture(autouse=True)
-def foreign_library(monkeypatch):
-    """Let the class above come from a package that can import."""
-    library = SimpleNamespace(__name__="foreign", from_dlpack=lambda exporter: Foreign(np.from_dlpack(exporter)))
-    monkeypatch.setattr(Foreign, "__module__", "foreign")
-    monkeypatch.setitem(sys.modules, "foreign", library)
-
-
-Homeless = type("Homeless", (Foreign,), {"__module__": "nowhere"})  # its library takes nothing back
-
-
-def big_endian(*shape, dtype=">f4"):
-    return np.ones(shape, dtype)
-
-
-def read_only(*shape):
-    return np.broadcast_to(np.float32(1), shape)
-
-
-CPU_ROWS = [
-    (cumoe.moe, {"x": np.ma.ones((3, 5), np.float32)}, TYPE, "x", ARRAY, "MaskedArray"),
-    (cumoe.moe, {"x": big_endian(3, 5)}, TYPE, "x", "dtype float32", "float32 in foreign byte order"),
-    (cumoe.route, {"router_logits": big_endian(3, 6)}, TYPE, "router_logits", FLOATS, "foreign byte order"),
-    (cumoe.group, {"topk_ids": big_endian(3, 2, dtype=">i4")}, TYPE, "topk_ids", INTEGERS, "foreign byte order"),
-    (cumoe.Router, {"selection_bias": big_endian(6)}, TYPE, "selection_bias", FACTORS, "foreign byte order"),
-    (cumoe.Experts, {"w_gate_up": big_endian(6, 8, 5)}, TYPE, "w_gate_up", FLOATS, "foreign byte order"),
-    (cumoe.Experts, {"w_down": big_endian(6, 5, 4)}, TYPE, "w_down", "dtype float32", "foreign byte order"),
-    (cumoe.SharedExperts, {"gate": big_endian(5)}, TYPE, "gate", "dtype float32", "foreign byte order"),
-    (cumoe.grouped_gemm, {"w": big_endian(6, 4, 5)}, TYPE, "w", "dtype float32", "foreign byte order"),
-    (cumoe.moe, {"out": read_only(3, 5)}, VALUE, "out", "a writable array", "a read-only one"),
-    (cumoe.combine, {"out": read_only(3, 5)}, VALUE, "out", "a writable array", "a read-only one"),
-    (call_layer, {"out": read_only(3, 5)}, VALUE, "out", "a writable array", "a read-only one"),
-    (cumoe.route, {"router_logits": read_only(2**30, 6)}, VALUE, "num_tokens", "below 2^31", "1073741824"),
-    (cumoe.group, {"topk_ids": np.broadcast_to(0, (2**30, 2))}, VALUE, "num_tokens", "below 2^31", "1073741824"),
-    (call_layer, {"x": read_only(2**30, 5)}, VALUE, "num_tokens", "below 2^31", "1073741824"),
-    (cumoe.moe, {"x": Foreign(ones(3, 5))}, TYPE, "x", "a numpy array on cpu, like experts", "a foreign array on cpu"),
-    (cumoe.moe, {"out": Foreign(ones(3, 5))}, TYPE, "out", "a numpy array on cpu, like x", "a foreign array on cpu"),
-    (cumoe.moe, {"shared": lambda a: shared(Foreign)}, TYPE, "shared", "a numpy array", "a foreign array on cpu"),
-    (cumoe.moe, {"experts": lambda a: experts(Foreign)}, TYPE, "x", "a foreign array on cpu", "a numpy array on cpu"),
-    (cumoe.moe, {"routing": lambda a: routing(Foreign)}, TYPE, "topk_ids", "a numpy array", "a foreign array on cpu"),
-    (cumoe.Experts, {"w_down": Foreign(ones(6, 5, 4))}, TYPE, "w_down", "a numpy array", "a foreign array on cpu"),
-    (cumoe.MoE, {"router_weight": Foreign(ones(6, 5))}, TYPE, "router_weight", "a numpy array", "a foreign array"),
-    (cumoe.combine, {"groups": lambda a: groups(Foreign)}, TYPE, "permutation", "a numpy array", "a foreign array"),
-    (cumoe.route, {"router": lambda a: cumoe.Router(2, selection_bias=Foreign(ones(6)))}, TYPE, "selection_bias",
-     "a numpy array on cpu, like router_logits", "a foreign array on cpu"),
-    (cumoe.moe, {"x": Foreign(ones(3, 5), (10, 0))}, TYPE, "x", "on the CPU or on a CUDA device", "device type 10"),
-    (cumoe.moe, {"x": Homeless(ones(3, 5))}, TYPE, "x", "whose library has from_dlpack", "nowhere.Homeless"),
-]  # fmt: skip
-
-GPU_ROWS = [
-    (cumoe.moe, {"x": lambda a: ones(3, 5)}, TYPE, "x", "a cupy array on cuda:0, like experts", "a numpy array"),
-    (cumoe.moe, {"experts": lambda a: experts(CPU.asarray)}, TYPE, "x", "a numpy array on cpu", "a cupy array"),
-    (cumoe.moe, {"shared": lambda a: shared(CPU.asarray)}, TYPE, "shared", "a cupy array", "a numpy array on cpu"),
-    (cumoe.moe, {"routing": lambda a: routing(CPU.asarray)}, TYPE, "topk_ids", "a cupy array", "a numpy array on cpu"),
-    (cumoe.Experts, {"w_down": lambda a: ones(6, 5, 4)}, TYPE, "w_down", "a cupy array", "a numpy array on cpu"),
-    (cumoe.combine, {"groups": lambda a: groups(CPU.asarray)}, TYPE, "permutation", "a cupy array", "a numpy array"),
-    (cumoe.moe, {"out": lambda a: a(ones(3, 10))[:, ::2]}, VALUE, "out", "a C-contiguous array on a GPU", "strides"),
-    (cumoe.route, {"router_logits": ones(3, 1025)}, VALUE, "num_experts", "an int from 1 to 1024 on a GPU", "1025"),
-    (cumoe.group, {"num_experts": 1025}, VALUE, "num_experts", "an int from 1 to 1024 on a GPU", "1025"),
-    (cumoe.expert_load, {"num_experts": 1025}, VALUE, "num_experts", "an int from 1 to 1024 on a GPU", "1025"),
-    (cumoe.MoE, {"experts": lambda a: experts(a, 1025)}, VALUE, "num_experts", "1 to 1024 on a GPU", "1025"),
-]  # fmt: skip
-
-
-def arguments(backend, function, changes):
-    def build(value):
-        if isinstance(value, np.ndarray):
-            return backend.asarray(value)
-        return value(backend.asarray) if isinstance(value, FunctionType) else value
-
-    return {name: build(value) for name, value in (VALID[function] | changes).items()}
-
-
-def assert_refused(backend, function, changes, exception, name, expected, got):
-    """Fail unless the call raises that very exception, with a message of the one form that there is."""
-    wrong = arguments(backend, function, changes)
-    with pytest.raises(exception) as caught:
-        function(**wrong)
-    assert caught.type is exception
-    name, expected, got = map(re.escape, (name, expected, got))
-    assert re.fullmatch(f"{name}: expected .*{expected}.*, got .*{got}.*", str(caught.value)), caught.value
-
-
-def table(rows):
-    """Parametrize a test with rows, each named after its function, its place in the table and the refused argument."""
-    names = [f"{row[0].__name__}-{i}-{row[3]}" for i, row in enumerate(rows)]
-    return pytest.mark.parametrize("row", rows, ids=names)
-
-
 @pytest.mark.parametrize("function", VALID, ids=lambda function: function.__name__)
 def test_the_other_arguments_are_accepted(backend, function):
     """No row of the tables is refused for what it does not change."""
     function(**arguments(backend, function, {}))
 
 
-def test_a_foreign_library_is_accepted():
-    """An exporter goes in and one of its library comes out."""
-    y = cumoe.moe(Foreign(ones(3, 5)), routing(Foreign), experts(Foreign), shared(Foreign))
-    assert type(y) is Foreign
-    assert (y.array == cumoe.moe(ones(3, 5), routing(CPU.asarray), experts(CPU.asarray), shared(CPU.asarray))).all()
-
-
 @table([(function, *row) for function, rows in ROWS.items() for row in rows])
 def test_refused_everywhere(backend, row):
     """Wrong kinds, dtypes, shapes, words and numbers."""
     assert_refused(backend, *row)
-
-
-@table(CPU_ROWS)
-def test_refused_on_the_cpu(row):
-    """What only a NumPy array can be, and arrays of two libraries."""
-    assert_refused(CPU, *row)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not gpu_is_there(), reason="no CUDA device")
-@table(GPU_ROWS)
-def test_refused_on_a_gpu(row):
-    """NumPy arrays beside CuPy arrays, and the limits of the kernels."""
-    assert_refused(GPU, *row)

@@ -1,179 +1,17 @@
-"""Recorded calls: what is patched and what is not, when a record serves and when it does not."""
+"""A call that is repeated is the call itself: when a record of launches serves and when it does not."""
 
-import ctypes
 import threading
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from support import BF16, CPU, DTYPES, GPU, gpu_is_there, random_layer
-from test_frame import COMBINATIONS, frame, on
+from support import BF16, CPU, DTYPES, GPU, random_layer
+from whole_layers import COMBINATIONS, EXPERTS, HIDDEN, TOP_K, bits, build, draw
 
 import cumoe
-from cumoe.gpu import driver as driver_module
-from cumoe.gpu import tensor_map, workspace
-from cumoe.gpu.driver import Launch
+from cumoe.gpu import workspace
 from cumoe.gpu.layer_router import LayerRouter
-from cumoe.gpu.operand import Operand
-from cumoe.gpu.structs import Packed, Struct, joined
 from cumoe.gpu.tape import Tape
-
-HIDDEN, EXPERTS, TOP_K, VOCABULARY = 72, 6, 2, 50
-
-# --- without a GPU: what is packed, and what a tape changes of it ---
-
-
-def fake_array(address, shape=(4, 8), dtype=BF16):
-    """Return what a CuPy array at that address would show."""
-    plain = np.empty(shape, dtype)
-
-    class Fake(SimpleNamespace):
-        def __getitem__(self, key):
-            part = plain[key]
-            offset = part.ctypes.data - plain.ctypes.data
-            return fake_view(address + offset, part)
-
-    def fake_view(at, part):
-        return Fake(
-            data=SimpleNamespace(ptr=at), dtype=part.dtype, shape=part.shape, strides=part.strides, size=part.size,
-            device=SimpleNamespace(id=0), flags=part.flags,
-        )  # fmt: skip
-
-    return fake_view(address, plain)
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """Return the list of arguments that the driver is given, as bytes."""
-    seen = []
-
-    def launch(config, function, arguments, extra):
-        seen.append(ctypes.string_at(arguments[0], function.value))  # here the handle is the length
-        return 0
-
-    monkeypatch.setattr(driver_module, "driver", lambda: SimpleNamespace(cuLaunchKernelEx=launch))
-    return seen
-
-
-@pytest.fixture
-def encoded(monkeypatch):
-    """Let a tensor map be its address, and count the encodings."""
-    calls = []
-
-    def encode(address, *_):
-        calls.append(address)
-        return address.to_bytes(8, "little") * 16
-
-    monkeypatch.setattr(tensor_map, "_encode", encode)
-    return calls
-
-
-def made(packed):
-    """Return a launch of a packed argument; see `launched`."""
-    return Launch("some_kernel", len(packed.data), 1, 32, 0, 0, packed.data, overlap=False)
-
-
-def test_places_follow_operands_and_parts_of_them():
-    """Only arrays of the caller leave a place, with the offset of the part."""
-    two = Struct(pointer=("a", "b"), int32=("n", "padding"))
-    x, weights = Operand(fake_array(0x1000), "x"), fake_array(0x2000)
-    first = two(a=weights, b=x[1:, 2:], n=3, padding=0)
-    second = two(a=x, b=None, n=4, padding=0)
-    assert np.frombuffer(first.data[:16], np.uint64).tolist() == [0x2000, 0x1000 + 16 + 4]
-    places = joined((first, Packed(b"12345678"), second)).places
-    assert [(place.at, place.source, place.offset) for place in places] == [(8, "x", 20), (32, "x", 0)]
-    assert joined((first, second)).padded(100).data == first.data + second.data + bytes(52)
-
-
-def test_a_pointer_has_to_come_as_the_array():
-    """An address alone would be kept for later calls, whoever it belongs to."""
-    one = Struct(pointer=("a",))
-    with pytest.raises(AssertionError, match="a is a bare address"):
-        one(a=0x1000)
-
-
-def test_an_operand_computes_nothing():
-    """What would be work outside a launch is not there."""
-    operand = Operand(fake_array(0x1000), "x")
-    for name in ("fill", "astype", "copy", "reshape", "__setitem__", "__add__", "__iadd__", "__array__"):
-        assert not hasattr(operand, name)
-    for key in ([0, 1], np.array([0]), (slice(None), [1])):
-        with pytest.raises(TypeError, match="an operand cannot be cut by"):
-            operand[key]
-    assert operand[None, ..., 1:].shape == (1, 4, 7)
-
-
-def test_a_tape_moves_pointers_and_maps(launched, encoded):
-    """Those of the caller's arrays and no others; a map that stands in several places is encoded once, if it moves."""
-    struct = Struct(pointer=("w", "x", "y"))
-    x, y, w = (
-        Operand(fake_array(0x1000), "x"),
-        Operand(fake_array(0x2000), "y"),
-        fake_array(0x1000),
-    )  # w lies where x is
-    row_map = tensor_map.row_map(x[2:], (8, 1), 16)
-    packed = joined((row_map, row_map, struct(w=w, x=x[1:], y=y)))
-    tape = Tape({}, x=0x1000, router_logits=0, y=0x2000)
-    tape.add(made(packed), packed.places)
-    encoded.clear()
-
-    tape.play((0x1000, 0, 0x2000))
-    assert launched.pop() == packed.data and encoded == []
-    tape.play((0x5000, 0, 0x2000))
-    (argument,) = launched
-    assert encoded == [0x5020]
-    assert set(np.frombuffer(argument[:256], np.uint64)) == {0x5020}
-    assert np.frombuffer(argument[256:], np.uint64).tolist() == [0x1000, 0x5010, 0x2000]
-    tape.play((0x5000, 0, 0x7000))
-    assert np.frombuffer(launched[-1][256:], np.uint64).tolist() == [0x1000, 0x5010, 0x7000]
-    assert encoded == [0x5020]
-
-
-def test_an_encoding_that_fails_is_made_up_for(launched, encoded, monkeypatch):
-    """The next call does not take what was half written for what it needs."""
-    x = Operand(fake_array(0x1000), "x")
-    packed = joined((Struct(pointer=("x",))(x=x), tensor_map.row_map(x, (8, 1), 16)))
-    tape = Tape({}, x=0x1000)
-    tape.add(made(packed), packed.places)
-    with monkeypatch.context() as broken:
-        broken.setattr(tensor_map, "_encode", lambda *_: (_ for _ in ()).throw(RuntimeError("refused")))
-        with pytest.raises(RuntimeError, match="refused"):
-            tape.play((0x5000,))
-    for address in (0x5000, 0x1000):
-        tape.play((address,))
-        assert set(np.frombuffer(launched[-1], np.uint64)) == {address}
-
-
-def test_a_driver_that_refuses_is_named(monkeypatch):
-    """And one that has no context in this thread gets one, once."""
-    answers, used = [201, 0, 1], []
-    fake = SimpleNamespace(cuLaunchKernelEx=lambda *_: answers.pop(0))
-    monkeypatch.setattr(driver_module, "driver", lambda: fake)
-    runtime = SimpleNamespace(getDevice=lambda: 3, setDevice=used.append)
-    monkeypatch.setattr(driver_module, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
-    launch = made(Packed(b"12345678"))
-    launch()
-    assert used == [3] and answers == [1]
-    with pytest.raises(RuntimeError, match="cuLaunchKernelEx returned 1 for some_kernel, 1 x 32 threads"):
-        launch()
-
-
-def test_arguments_lie_where_tensor_maps_have_to(launched):
-    """At a multiple of 64 bytes."""
-    for length in (8, 100, 8768):
-        launch = made(Packed(bytes(length)))
-        assert ctypes.addressof(ctypes.c_char.from_buffer(launch.argument)) % 64 == 0
-        launch()
-        assert launched.pop() == bytes(length)
-
-
-# --- on a GPU: a call that is repeated is the call itself ---
-
-
-def on_gpu(test):
-    """Mark a test that has no CPU half."""
-    return pytest.mark.gpu(pytest.mark.skipif(not gpu_is_there(), reason="no CUDA device")(test))
 
 
 @pytest.fixture
@@ -184,47 +22,6 @@ def plays(monkeypatch):
     return seen
 
 
-def build(dtype="bfloat16", names=(), with_table=False, seed=0, **options):
-    """Return a layer on the GPU: gated shared experts, biases, a router of its own, and parts around the experts."""
-    rng = np.random.default_rng(seed)
-    latent = 24 if "latent" in names else HIDDEN
-    inner = random_layer(rng, dtype, hidden_size=latent, num_experts=EXPERTS, biases=True)
-    outer = random_layer(rng, dtype, hidden_size=HIDDEN, shared_sizes=(16, 40), gated_shared=True, biases=True)
-    inner.shared = outer.shared
-    _, _, experts, shared = inner.build(GPU)
-    parts = on(GPU, frame(rng, names, HIDDEN, 24, DTYPES[dtype]))
-    choices = EXPERTS + int(parts.get("num_identity_experts", 0))
-    table = GPU.asarray(rng.integers(0, choices, (VOCABULARY, TOP_K)).astype(np.int32)) if with_table else None
-    router = cumoe.Router(TOP_K, renormalize=True, expert_table=table)
-    weight = GPU.asarray((rng.standard_normal((choices, HIDDEN)) * HIDDEN**-0.5).astype(DTYPES[dtype]))
-    return cumoe.MoE(router, experts, shared, router_weight=weight, **parts, **options)
-
-
-def draw(layer, seed, num_tokens=33, brought=()):
-    """Return the arguments of a call on the GPU."""
-    rng = np.random.default_rng(seed)
-
-    def normal(*shape, dtype=layer.experts.dtype):
-        return GPU.asarray(rng.standard_normal(shape).astype(dtype))
-
-    arguments = {"x": normal(num_tokens, HIDDEN)}
-    for name in brought:
-        if name == "router_logits":
-            arguments[name] = normal(num_tokens, layer.num_choices, dtype=np.float32)
-        elif name == "input_ids":
-            arguments[name] = GPU.asarray(rng.integers(-1, VOCABULARY, num_tokens).astype(np.int32))
-        else:
-            arguments[name] = normal(num_tokens, HIDDEN)
-    if layer.router.expert_table is not None:
-        arguments["input_ids"] = GPU.asarray(rng.integers(-1, VOCABULARY, num_tokens).astype(np.int32))
-    return arguments
-
-
-def bits(array):
-    """Return the bytes of a CuPy array."""
-    return GPU.asnumpy(array).tobytes()
-
-
 ALL = ("router_logits", "residual", "out")
 BROUGHT = [
     *(("bfloat16", brought, "learned") for brought in ((), ("router_logits",), ("residual",), ("out",))),
@@ -232,7 +29,7 @@ BROUGHT = [
 ]
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "brought", "ids"), BROUGHT)
 def test_a_repeated_call_is_the_call(plays, dtype, brought, ids):
     """Bit for bit what a layer without any record gives, with every argument elsewhere."""
@@ -248,7 +45,7 @@ def test_a_repeated_call_is_the_call(plays, dtype, brought, ids):
         assert not np.isnan(GPU.asnumpy(y).astype(np.float32)).any()
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("names", COMBINATIONS[1:], ids="+".join)
 def test_a_repeated_call_of_a_framed_layer(plays, names):
     """Norms, latents, identity experts and a last bias, with a residual behind them."""
@@ -259,7 +56,7 @@ def test_a_repeated_call_of_a_framed_layer(plays, names):
         assert bits(y) == bits(build("bfloat16", names)(**arguments))
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_strides_and_alignments_have_records_of_their_own(plays):
     """The same numbers from rows further apart, columns apart, and odd addresses; each served again as it was."""
     layer = build("bfloat16")
@@ -282,7 +79,7 @@ def test_strides_and_alignments_have_records_of_their_own(plays):
     assert len(plays) == 10
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_arrays_may_share_memory_in_a_record_and_not_behind_it(plays):
     """Tokens that are a weight of the layer, a residual and a result that are the tokens: names tell them apart."""
     layer, others = build("float32"), [draw(build("float32"), seed) for seed in (1, 2)]
@@ -304,7 +101,7 @@ def test_arrays_may_share_memory_in_a_record_and_not_behind_it(plays):
     assert len(plays) == played + 3
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("repeated", [False, True])
 def test_a_result_over_a_part_of_what_is_still_read_is_refused(repeated):
     """Rows of the residual would be overwritten before they are added; with identity experts those of x, too."""
@@ -324,7 +121,7 @@ def test_a_result_over_a_part_of_what_is_still_read_is_refused(repeated):
     assert layer(x, residual=out, out=out) is out
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_refusals_are_the_same_behind_a_record():
     """What the door refuses it refuses later, too."""
     layer = build("bfloat16")
@@ -347,7 +144,7 @@ def test_refusals_are_the_same_behind_a_record():
             layer(**{**arguments, **changes})
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_a_residual_may_have_any_strides():
     """It is copied first; so it may even lie across the result."""
     layer = build("float32")
@@ -362,7 +159,7 @@ def test_a_residual_may_have_any_strides():
     assert bits(layer(x, residual=out[::-1], out=out)) == wanted
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_a_call_that_does_more_than_launch_is_not_recorded(plays, monkeypatch):
     """An array made on the way would be another one the next time."""
     import cupy
@@ -383,7 +180,7 @@ def test_a_call_that_does_more_than_launch_is_not_recorded(plays, monkeypatch):
     assert results == [bits(build("float32")(**arguments, router_logits=zeros)) for arguments in calls]
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_records_end_with_the_memory_they_used(plays):
     """A larger batch brings a larger block; what was recorded on the old one is recorded anew."""
     layer = build("bfloat16")
@@ -397,7 +194,7 @@ def test_records_end_with_the_memory_they_used(plays):
         assert len(plays) == expected_plays
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_only_the_last_kinds_are_kept(plays, monkeypatch):
     """The one that was used least recently goes."""
     monkeypatch.setattr(workspace, "MAX_TAPES", 3)
@@ -408,7 +205,7 @@ def test_only_the_last_kinds_are_kept(plays, monkeypatch):
         assert len(plays) == expected
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_other_parts_of_a_layer_end_its_records(plays):
     """A router that is put in the place of another is the one that routes."""
     layer, arguments = build("float32"), draw(build("float32"), 0)
@@ -421,7 +218,7 @@ def test_other_parts_of_a_layer_end_its_records(plays):
     assert len(plays) == 1
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("names", [(), ("input_norm", "num_identity_experts"), ("latent", "output_norm")], ids="+".join)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_later_call_allocates_its_result_alone(dtype, names):
@@ -446,7 +243,7 @@ def test_a_later_call_allocates_its_result_alone(dtype, names):
         assert sizes == [y.nbytes]
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_a_thread_that_has_used_no_gpu_repeats_a_call():
     """It has no context of its own when it comes; the current device is all it knows."""
     layer = build("bfloat16")
@@ -468,7 +265,7 @@ def test_a_thread_that_has_used_no_gpu_repeats_a_call():
     assert bits(arguments["out"]) == wanted
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_streams_have_records_of_their_own(plays):
     """As they have memory of their own."""
     import cupy
