@@ -2,8 +2,10 @@
 # The GPU half of the tests, 10,000 random layers and the demo, from the source tree, on this machine's GPU.
 # With the folder of `tests/checkpoint_oracles.py make .oracle`, layers of all families are compared with their modules.
 # Usage: [PYTHON=python3.12] [RECORDS=folder] [FUZZ_CASES=10000] [SANITIZE=1] .ci/gpu.sh [arguments of pytest]
-# SANITIZE=1 adds the tests at small shapes under the four tools of compute-sanitizer, side by side, each for at most
-# SANITIZE_SECONDS=210 of tests; SANITIZE=only is that alone, about five minutes. The table of what was tried comes last.
+# SANITIZE=1 adds the tests at small shapes under the four tools of compute-sanitizer, SANITIZE=only is that alone. Each
+# tool runs every test once, in as many processes side by side as SANITIZE_SHARDS says ("racecheck=8 memcheck=3"; a tool
+# that is not named is left out). They start no test after SANITIZE_SECONDS=400 and are ended 100 s later. The table of
+# what was tried comes last, and behind it what a tool had no time for and what took longest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -34,25 +36,36 @@ if [ "${SANITIZE:-}" != only ]; then
 fi
 
 if [ -n "${SANITIZE:-}" ]; then
-  tools=(memcheck racecheck synccheck initcheck)
-  declare -A process
-  for tool in "${tools[@]}"; do
-    # An allocation that fails is a test here, no error. What a tool finds goes into its log, tests into their own.
-    SECONDS_OF_TESTS=${SANITIZE_SECONDS:-210} timeout 540 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      --report-api-errors no --log-file "$records/$tool.log" \
-      "$python" -m pytest -p small_shapes -m gpu -q -p no:cacheprovider --junitxml "$records/$tool.xml" "$@" tests \
-      >"$records/$tool.txt" 2>&1 &
-    process[$tool]=$!
+  # A core and at most 4 GiB of CuPy's pool for each of 16 processes; racecheck is the slowest by far.
+  export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 CUPY_GPU_MEMORY_LIMIT=$((4 << 30))
+  seconds=${SANITIZE_SECONDS:-400}
+  parts=() processes=()
+  for word in ${SANITIZE_SHARDS:-racecheck=8 memcheck=3 initcheck=3 synccheck=2}; do
+    tool=${word%%=*} count=${word#*=}
+    [[ $word == *=* ]] || { printf 'SANITIZE_SHARDS: expected tool=number, got %s\n' "$word" >&2; exit 2; }
+    rm -f "$records/$tool"-*of*.*
+    for ((i = 1; i <= count; i++)); do
+      part=$records/$tool-${i}of$count
+      # An allocation that fails is a test here, no error. What a tool finds goes into its log, tests into their own.
+      SANITIZER=$tool SHARD=$i/$count SECONDS_OF_TESTS=$seconds timeout -k 10 $((seconds + 100)) \
+        compute-sanitizer --tool "$tool" --error-exitcode 9 --report-api-errors no --log-file "$part.log" \
+        "$python" -m pytest -p small_shapes -m gpu -q -p no:cacheprovider --junitxml "$part.xml" "$@" tests \
+        >"$part.txt" 2>&1 &
+      parts+=("$part") processes+=($!)
+    done
   done
-  for tool in "${tools[@]}"; do
+  for i in "${!parts[@]}"; do
     status=0
-    wait "${process[$tool]}" || status=$?
-    printf '== %s: exit status %s\n' "$tool" "$status"
-    tail -n 2 "$records/$tool.txt"
-    tail -n 3 "$records/$tool.log"
-    [ "$status" = 0 ] || failed=1
+    wait "${processes[$i]}" || status=$?
+    printf '== %s: exit status %s\n' "${parts[$i]##*/}" "$status"
+    tail -n 1 "${parts[$i]}.txt"
+    tail -n 1 "${parts[$i]}.log" || true  # a tool that did not start has none
+    if [ "$status" != 0 ]; then
+      failed=1
+      grep -m 5 -E '^(FAILED|ERROR) ' "${parts[$i]}.txt" || true
+    fi
   done
 fi
 
-"$python" tests/evidence.py "$records"/*.xml "$records"/*.json "$records"/*check.log
+"$python" tests/evidence.py "$records"/*.xml "$records"/*.json "$records"/*check-*.log
 exit "$failed"
