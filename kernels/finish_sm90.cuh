@@ -60,30 +60,47 @@ template <typename T, typename Shape> struct Finish {
     for (int q = 0; q < 8; ++q) v[q] += bias[q / 2 % 2];
   }
 
-  __device__ __forceinline__ void gate(float (&v)[8], float (&up)[8], const Sigmoidal& sigmoid) const {
+  // What is to be done to every result, in registers: where the stack lies, each piece would be fetched again for all 16 rows.
+  enum { SCALE_IN = 1, BIAS = 2, CLAMP = 4, CLAMP_GATE = 8, CLAMP_RESULT = 16, RELU_OF = 32, SQUARE = 64, SCALE_OUT = 128 };
+  struct Steps { int what; float limit, up_offset; Sigmoidal sigmoid; };
+  __device__ __forceinline__ Steps steps() const {
     const Activation& act = stack.activation;
-    if (act.clamp != CLAMP_NONE) {
+    int what = (stack.scale_in ? SCALE_IN : 0) | (stack.bias ? BIAS : 0) | (stack.scale_out ? SCALE_OUT : 0) |
+               (act.clamp != CLAMP_NONE ? CLAMP : 0) | (act.clamp == CLAMP_BEFORE ? CLAMP_GATE : 0) |
+               (act.clamp == CLAMP_AFTER ? CLAMP_RESULT : 0) | (act.name == RELU || act.name == RELU2 ? RELU_OF : 0) |
+               (act.name == RELU2 ? SQUARE : 0);
+    Steps all{what, act.limit, act.up_offset, sigmoidal(act)};
+    asm volatile("" : "+r"(all.what), "+f"(all.limit), "+f"(all.up_offset), "+f"(all.sigmoid.c1), "+f"(all.sigmoid.c3));
+    return all;
+  }
+
+  __device__ __forceinline__ static void gate(float (&v)[8], float (&up)[8], const Steps& todo) {
+    if (todo.what & CLAMP) {
 #pragma unroll
       for (int q = 0; q < 8; ++q) {
-        up[q] = at_least(at_most(up[q], act.limit), -act.limit);
-        if (act.clamp == CLAMP_BEFORE) v[q] = at_most(v[q], act.limit);
+        up[q] = at_least(at_most(up[q], todo.limit), -todo.limit);
+        if (todo.what & CLAMP_GATE) v[q] = at_most(v[q], todo.limit);
       }
     }
 #pragma unroll
     for (int q = 0; q < 8; ++q) {
-      float z = v[q] * fmaf(sigmoid.c3 * v[q], v[q], sigmoid.c1), e;
+      float z = v[q] * fmaf(todo.sigmoid.c3 * v[q], v[q], todo.sigmoid.c1), e;
       asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(-z));
       v[q] = __fdividef(v[q], 1.0f + e);
-      if (act.clamp == CLAMP_AFTER) v[q] = at_most(v[q], act.limit);
-      v[q] *= up[q] + act.up_offset;
     }
+    if (todo.what & CLAMP_RESULT) {
+#pragma unroll
+      for (int q = 0; q < 8; ++q) v[q] = at_most(v[q], todo.limit);
+    }
+#pragma unroll
+    for (int q = 0; q < 8; ++q) v[q] *= up[q] + todo.up_offset;
   }
-  __device__ __forceinline__ void ramp(float (&v)[8]) const {
-    if (stack.activation.name == IDENTITY) return;
+  __device__ __forceinline__ static void ramp(float (&v)[8], const Steps& todo) {
+    if (!(todo.what & RELU_OF)) return;
 #pragma unroll
     for (int q = 0; q < 8; ++q) {
       float positive = at_least(v[q], 0.0f);
-      v[q] = stack.activation.name == RELU ? positive : positive * positive;
+      v[q] = todo.what & SQUARE ? positive * positive : positive;
     }
   }
 
@@ -98,60 +115,93 @@ template <typename T, typename Shape> struct Finish {
     }
   }
 
+  // v, up <- what the accumulators have of 16 rows: set SET, J-th 16 rows; of pairs both sets.
+  template <Form FORM, int SET, int J>
+  __device__ __forceinline__ static void copy(const Accumulators& acc, float (&v)[8], float (&up)[8]) {
+    if constexpr (8 * J < ACCUMULATORS) {
+#pragma unroll
+      for (int q = 0; q < 8; ++q) {
+        v[q] = acc[SET][8 * J + (FORM == PAIR_WOVEN ? q & ~2 : q)];
+        if (FORM != ROWS_ALONE) up[q] = acc[FORM == PAIR_WOVEN ? 0 : 1][8 * J + (FORM == PAIR_WOVEN ? q | 2 : q)];
+      }
+    }
+  }
+  template <Form FORM, int SET>
+  __device__ __forceinline__ static void copy_any(int j, const Accumulators& acc, float (&v)[8], float (&up)[8]) {
+    switch (j) {
+      case 0: copy<FORM, SET, 0>(acc, v, up); break;
+      case 1: copy<FORM, SET, 1>(acc, v, up); break;
+      case 2: copy<FORM, SET, 2>(acc, v, up); break;
+      case 3: copy<FORM, SET, 3>(acc, v, up); break;
+      case 4: copy<FORM, SET, 4>(acc, v, up); break;
+      case 5: copy<FORM, SET, 5>(acc, v, up); break;
+      case 6: copy<FORM, SET, 6>(acc, v, up); break;
+      case 7: copy<FORM, SET, 7>(acc, v, up); break;
+      case 8: copy<FORM, SET, 8>(acc, v, up); break;
+      case 9: copy<FORM, SET, 9>(acc, v, up); break;
+      case 10: copy<FORM, SET, 10>(acc, v, up); break;
+      default: copy<FORM, SET, 11>(acc, v, up);
+    }
+  }
+  // The same for any set and any j. Registers have no index, so each j has a branch of its own, and what follows is there
+  // once: with a copy for each j the first tile of a block waited 15,000 to 30,000 cycles for instructions.
   template <Form FORM>
-  __device__ __forceinline__ void store_half(const float (&first)[ACCUMULATORS], const float (&second)[ACCUMULATORS],
-                                             int feature) const {
+  __device__ __forceinline__ static void take(int set, int j, const Accumulators& acc, float (&v)[8], float (&up)[8]) {
+    if (FORM != ROWS_ALONE || set == 0) copy_any<FORM, 0>(j, acc, v, up);
+    else copy_any<FORM, 1>(j, acc, v, up);
+  }
+
+  template <Form FORM> __device__ __forceinline__ void store_set(const Accumulators& acc, int set, int feature) const {
     int thread = thread_of_warpgroup(), lane = thread % WARP, warp = thread / WARP;
     constexpr bool PAIRED = FORM != ROWS_ALONE;
     float bias[2], up_bias[2];
     load_bias<FORM>(bias, feature, 0);
     if (PAIRED) load_bias<FORM>(up_bias, feature, 1);
-    Sigmoidal sigmoid = sigmoidal(stack.activation);
+    Steps todo = steps();
     int slab_row = lane % 8 + lane / 16 * 8, twin = lane / 8 % 2;
     int slab_chunk = FORM == PAIR_WOVEN ? warp + 4 * twin : warp * 2 + twin;
     uint32 address = slab + slab_row * 128 + ((slab_chunk ^ (lane & 7)) << 4);
-#pragma unroll
-    for (int j = 0; j < MAX_ROWS / 16; ++j) {
-      if (j * 16 < num_rows) {
-        int row = 16 * j + 2 * (lane % 4);
-        float v[8], up[8];
-#pragma unroll
-        for (int q = 0; q < 8; ++q) {
-          v[q] = first[8 * j + (FORM == PAIR_WOVEN ? q & ~2 : q)];
-          up[q] = second[8 * j + (FORM == PAIR_WOVEN ? q | 2 : q)];
-        }
-        if (stack.scale_in) {
-          scale(v, place.scale_in, row);
-          if (PAIRED) scale(up, place.scale_in, row);
-        }
-        if (stack.bias) {
-          add_bias(v, bias);
-          if (PAIRED) add_bias(up, up_bias);
-        }
-        if (PAIRED) gate(v, up, sigmoid);
-        else ramp(v);
-        if (stack.scale_out) scale(v, place.scale_out, row);
-        uint32 packed[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) packed[i] = pack_two(T(), v[2 * i], v[2 * i + 1]);
-        store_matrix_x4_transposed(address + j * 16 % SLAB_ROWS * 128, packed);
-        int rows = 16 * (j + 1);  // all told; the slab's last ones follow below
-        if (rows % SLAB_ROWS == 0 && rows < MAX_ROWS && rows < num_rows) store_slab<FORM>(feature, rows - SLAB_ROWS, rows);
+#pragma unroll 1
+    for (int first_row = 0; first_row < num_rows; first_row += 16) {
+      int row = first_row + 2 * (lane % 4);
+      float v[8], up[8];
+      take<FORM>(set, first_row / 16, acc, v, up);
+      if (todo.what & SCALE_IN) {
+        scale(v, place.scale_in, row);
+        if (PAIRED) scale(up, place.scale_in, row);
       }
+      if (todo.what & BIAS) {
+        add_bias(v, bias);
+        if (PAIRED) add_bias(up, up_bias);
+      }
+      if (PAIRED) gate(v, up, todo);
+      else ramp(v, todo);
+      if (todo.what & SCALE_OUT) scale(v, place.scale_out, row);
+      uint32 packed[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) packed[i] = pack_two(T(), v[2 * i], v[2 * i + 1]);
+      store_matrix_x4_transposed(address + first_row % SLAB_ROWS * 128, packed);
+      if ((first_row + 16) % SLAB_ROWS == 0 || first_row + 16 >= num_rows)
+        store_slab<FORM>(feature, first_row / SLAB_ROWS * SLAB_ROWS);
     }
-    store_slab<FORM>(feature, (num_rows - 1) / SLAB_ROWS * SLAB_ROWS, num_rows);
   }
 
-  // The slab's rows, which are first_row .. end_row - 1 of the tile: whole lines of 64 features, eight lanes a row; woven
-  // pairs have half of them.
-  template <Form FORM> __device__ __forceinline__ void store_slab(int feature, int first_row, int end_row) const {
-    int thread = thread_of_warpgroup(), chunk = thread % 8, row = thread / 8;
+  // The slab's rows, the first of which is first_row of the tile: whole lines of 64 features, eight lanes a row; woven pairs
+  // have half of them.
+  template <Form FORM> __device__ __forceinline__ void store_slab(int feature, int first_row) const {
+    int thread = thread_of_warpgroup(), chunk = thread % 8, row = first_row + thread / 8;
     bool exists = feature + chunk * 8 < features(stack) && (FORM != PAIR_WOVEN || chunk < 4);
-    T* c = result<T>(stack, place.tile.row_begin, feature + chunk * 8);
-    uint32 address = slab + row * 128 + ((chunk ^ (row & 7)) << 4);
+    T* c = result<T>(stack, place.tile.row_begin + row, feature + chunk * 8);
+    int64 sixteen_rows = 16 * stack.c_row_stride;
+    uint32 address = slab + thread / 8 * 128 + ((chunk ^ (thread / 8 & 7)) << 4);
+    int rows_left = exists ? num_rows - row : 0;
+    uint4 values[SLAB_ROWS / 16];
     sync_consumer();
-    for (row += first_row; row < end_row; row += 16, address += 16 * 128)
-      if (exists) *reinterpret_cast<uint4*>(c + row * stack.c_row_stride) = load_shared_16(address);
+#pragma unroll
+    for (int i = 0; i < SLAB_ROWS / 16; ++i) values[i] = load_shared_16(address + i * 16 * 128);
+#pragma unroll
+    for (int i = 0; i < SLAB_ROWS / 16; ++i, c += sixteen_rows)
+      if (16 * i < rows_left) store_global_16(c, values[i]);
     sync_consumer();
   }
 
@@ -163,60 +213,55 @@ template <typename T, typename Shape> struct Finish {
   // Everything that has no way of its own, slower but in a tenth of the code: 16 rows of accumulators at a time go to the
   // slab as they are, and a thread finishes one result after the other. `weight_row` is that of the first accumulator;
   // an interleaved pair that came in single rows lies in neighbouring columns.
-  template <Form FORM>
-  __device__ __forceinline__ void store_any(const float (&first)[ACCUMULATORS], const float (&second)[ACCUMULATORS],
-                                            int weight_row) const {
+  template <Form FORM> __device__ __forceinline__ void store_any(const Accumulators& acc, int set, int weight_row) const {
     int thread = thread_of_warpgroup(), lane = thread % WARP, warp = thread / WARP;
     constexpr bool PAIRED = FORM != ROWS_ALONE;
     bool neighbours = !PAIRED && stack.pairing == PAIR_INTERLEAVED;
     int columns = neighbours || FORM == PAIR_WOVEN ? RUN / 2 : RUN, step = neighbours ? 2 : 1;
     float* rows = reinterpret_cast<float*>(__cvta_shared_to_generic(slab));  // (halves, 16, SLAB_PITCH)
-#pragma unroll
-    for (int j = 0; j < MAX_ROWS / 16; ++j) {
-      if (j * 16 < num_rows) {
-#pragma unroll
-        for (int q = 0; q < 8; ++q) {
-          int row = 8 * (q / 4) + 2 * (lane % 4) + q % 2, eight = q / 2 % 2;
-          if (FORM == PAIR_WOVEN) {
-            rows[(16 * eight + row) * SLAB_PITCH + 8 * warp + lane / 4] = first[8 * j + q];
-          } else {
-            int at = row * SLAB_PITCH + 16 * warp + 8 * eight + lane / 4;
-            rows[at] = first[8 * j + q];
-            if (PAIRED) rows[16 * SLAB_PITCH + at] = second[8 * j + q];
-          }
-        }
-        sync_consumer();
 #pragma unroll 1
-        for (int i = thread / columns; i < min(16, num_rows - 16 * j); i += WARPGROUP / columns) {
-          int column = thread_of_warpgroup() % columns, feature = weight_row / step + column;
-          if (feature >= features(stack)) break;
-          const float* at = rows + i * SLAB_PITCH + column * step;
-          float v[1] = {at[0]}, up[1] = {PAIRED ? at[16 * SLAB_PITCH] : at[step - 1]};
-          RowScales scales[1] = {{place.scale_in[16 * j + i], place.scale_out[16 * j + i]}};
-          finish(stack, place.tile.expert, feature, v, up, scales);
-          *result<T>(stack, place.tile.row_begin + 16 * j + i, feature) = from_float<T>(v[0]);
-        }
-        sync_consumer();
+    for (int first_row = 0; first_row < num_rows; first_row += 16) {
+      float v[8], up[8];
+      take<FORM>(set, first_row / 16, acc, v, up);
+#pragma unroll
+      for (int q = 0; q < 8; ++q) {
+        int row = 8 * (q / 4) + 2 * (lane % 4) + q % 2, eight = q / 2 % 2;
+        int at = row * SLAB_PITCH + (FORM == PAIR_WOVEN ? 8 * warp : 16 * warp + 8 * eight) + lane / 4;
+        if (FORM != PAIR_WOVEN || eight == 0) rows[at] = v[q];
+        if (PAIRED && (FORM != PAIR_WOVEN || eight == 0)) rows[16 * SLAB_PITCH + at] = up[q];
       }
+      sync_consumer();
+#pragma unroll 1
+      for (int i = thread / columns; i < min(16, num_rows - first_row); i += WARPGROUP / columns) {
+        int column = thread_of_warpgroup() % columns, feature = weight_row / step + column;
+        if (feature >= features(stack)) break;
+        const float* at = rows + i * SLAB_PITCH + column * step;
+        float own[1] = {at[0]}, other[1] = {PAIRED ? at[16 * SLAB_PITCH] : at[step - 1]};
+        RowScales scales[1] = {{place.scale_in[first_row + i], place.scale_out[first_row + i]}};
+        finish(stack, place.tile.expert, feature, own, other, scales);
+        *result<T>(stack, place.tile.row_begin + first_row + i, feature) = from_float<T>(own[0]);
+      }
+      sync_consumer();
     }
   }
 
   template <Form FORM>
-  __device__ __forceinline__ void store_run(const float (&first)[ACCUMULATORS], const float (&second)[ACCUMULATORS],
-                                            int weight_row) const {
-    if (kind() == ANY) store_any<FORM>(first, second, weight_row);
-    else store_half<FORM>(first, second, weight_row);
+  __device__ __forceinline__ void store_run(const Accumulators& acc, int set, int weight_row) const {
+    if (kind() == ANY) store_any<FORM>(acc, set, weight_row);
+    else store_set<FORM>(acc, set, weight_row);
   }
 
   __device__ __forceinline__ void store(const Accumulators& acc) const {
     int run = consumer * RUN, block = place.tile.weight_block;
-    if constexpr (Shape::HALVES == INNER) {
-      if (inward && pairs) return store_run<PAIR_WOVEN>(acc[0], acc[0], (block * HALF_ROWS + run) / 2);
-      if (inward) return store_run<ROWS_ALONE>(acc[0], acc[0], block * HALF_ROWS + run);
+    if (Shape::HALVES == INNER && inward) {
+      if (pairs) store_run<PAIR_WOVEN>(acc, 0, (block * HALF_ROWS + run) / 2);
+      else store_run<ROWS_ALONE>(acc, 0, block * HALF_ROWS + run);
+    } else if (pairs) {
+      store_run<PAIR_OF_HALVES>(acc, 0, block * HALF_ROWS + run);
+    } else {
+#pragma unroll 1
+      for (int set = 0; set < 2; ++set) store_run<ROWS_ALONE>(acc, set, (2 * block + set) * HALF_ROWS + run);
     }
-    if (pairs) return store_run<PAIR_OF_HALVES>(acc[0], acc[1], block * HALF_ROWS + run);
-    store_run<ROWS_ALONE>(acc[0], acc[0], 2 * block * HALF_ROWS + run);
-    store_run<ROWS_ALONE>(acc[1], acc[1], (2 * block + 1) * HALF_ROWS + run);
   }
 };
 

@@ -6,6 +6,8 @@
 // have, in steps of 8 up to MAX_ROWS; the same kernel streams weights for one token and fills the tensor cores for many.
 //
 //   grid       persistent blocks; a work unit is (product, stack, expert, run of rows, weight block), see Schedule
+//   cluster    in some shapes two blocks, which take their tiles together: where an expert has two runs of rows or more, they
+//              multiply the same weights with two of them, and each brings half of the weights for both (multicast)
 //   block      warpgroup 0   brings tokens: rows that the permutation names with cp.async by all threads (no permuted copy of
 //                            the tokens exists), rows that are neighbours with TMA by the first
 //              warpgroup 1   warp 0 plans tiles, a thread of warp 1 brings weights with TMA, one of warp 2 reports
@@ -18,12 +20,13 @@
 //
 //   barrier     count       from                  a phase ends when
 //   full[s]     1 + 128     weights, tokens       TMA and the copies have written stage s
-//   empty[s]    warps       consumers             every consumer warp has multiplied stage s
+//   empty[s]    warps       consumers             every consumer warp of the cluster has multiplied stage s
 //   told[r]     32          planner               the description of a tile and its row factors stand in ring place r
 //   done[r]     threads     tokens, consumers     all rows of that tile are asked for, and its results stored
 //   free[r]     1           reporter              nobody reads that place any more
 //   wanted      1           weights               the end of a tile is near: the next one is to be planned
 //   sync_consumer           its warps             a consumer's slab is written, or has been stored and may be overwritten
+//   sync_cluster            both blocks           barriers stand, at the beginning; nobody writes to the other any more
 //   Progress    global      reporters             row block b of the first product is complete; the second product's tokens
 //               memory                            wait for it, while its weights are on their way already
 //
@@ -39,6 +42,7 @@
 #pragma once
 #include "finish_sm90.cuh"
 #include "overlap.cuh"
+#include "positions_sm90.cuh"
 #include "wgmma.cuh"
 
 namespace hopper {
@@ -48,7 +52,7 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
   static constexpr int THREADS = (2 + CONSUMERS) * WARPGROUP, HALF_BYTES = HALF_ROWS * ROW_BYTES;
   static constexpr int ROWS_BYTES = MAX_ROWS * ROW_BYTES, TOKEN_BYTES = (Shape::HALVES == INNER ? 2 : 1) * ROWS_BYTES;
   static constexpr int W_BYTES = 2 * HALF_BYTES, STAGE_BYTES = W_BYTES + TOKEN_BYTES;
-  static constexpr int CONSUMER_WARPS = CONSUMERS * WARPGROUP / WARP;
+  static constexpr int CONSUMER_WARPS = CONSUMERS * WARPGROUP / WARP, CLUSTER = Shape::CLUSTER;
   using Tiles = Schedule<Shape, ORDER>;
   using Place = RingPlace<MAX_ROWS>;
   using Epilogue = Finish<T, Shape>;
@@ -56,7 +60,10 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
 
   static constexpr int RING = Shape::RING, ROWS_OF_BOX = Shape::ROWS_OF_BOX;
 
-  struct Barriers { uint64 full[MAX_STAGES], empty[MAX_STAGES], told[RING], done[RING], free[RING], wanted; };
+  struct Barriers {
+    uint64 full[MAX_STAGES], empty[MAX_STAGES], told[RING], done[RING], free[RING], wanted;
+    Mail mail;
+  };
 
   const WgmmaLaunch& launch;
   Tiles schedule;
@@ -96,39 +103,33 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
   template <typename Visit> __device__ __forceinline__ void for_each_tile(Visit visit) const {
     for (Turn turn;; ++turn.tile) {
       barrier_wait(told(turn.place()), turn.parity());
-      if (ring[turn.place()].tile.num_rows == 0) return;
+      if (ring[turn.place()].tile.stack_idx < 0) return;
       visit(turn);
     }
   }
 
   // --- the planner: a warp -------------------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void plan_tiles(int position) const {
+  __device__ __forceinline__ void plan_tiles(Positions<CLUSTER> position) const {
     for (Turn turn;; ++turn.tile) {
       Place& next = ring[turn.place()];
       barrier_wait(free(turn.place()), turn.parity() ^ 1);
-      while (!find_tile(position, next.tile)) position = next_position(position);
+      while (!find_tile(position.value, next.tile)) position.advance();
       describe_rows(next);
       barrier_arrive(told(turn.place()));
-      if (next.tile.num_rows == 0) return;
+      if (next.tile.stack_idx < 0) return;
       barrier_wait(wanted(), turn.tile % 2);  // as late as possible, so that the last tiles go to whoever is free
-      position = next_position(position);
+      position.advance();
     }
   }
 
-  // Writes the tile at `position`, unless it is one without rows among others.
+  // Writes the tile at `position`, unless it is to be passed over.
   __device__ __forceinline__ bool find_tile(int position, TileInfo& found) const {
     TileInfo tile = schedule.tile(position);
-    if (tile.num_rows <= 0 && tile.stack_idx >= 0) return false;
+    if (tile.num_rows < 0) return false;
     if (threadIdx.x % WARP == 0) found = tile;
     __syncwarp();
     return true;
-  }
-
-  __device__ __forceinline__ int next_position(int position) const {
-    if (!launch.progress) return position + (int)gridDim.x;
-    if (threadIdx.x % WARP == 0) position = atomicAdd(launch.progress, 1);
-    return __shfl_sync(FULL_MASK, position, 0);
   }
 
   __device__ __forceinline__ void describe_rows(Place& place) const {
@@ -157,28 +158,35 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
     });
   }
 
-  // An inner block into a stage.
+  // An inner block into a stage. Blocks of a cluster with the same weights bring a half each, for both.
   __device__ __forceinline__ void load_weights(const TileInfo& tile, int k_block, int stage) const {
     const ExpertStack& stack = stack_of(tile);
     const TensorMap& map = launch.w_maps[tile.stack_idx];
-    bool pairs = Tiles::pairs(stack), inward = schedule.inward(stack);
+    bool pairs = Tiles::pairs(stack), inward = schedule.inward(stack), together = CLUSTER > 1 && tile.is_together;
     uint32 destination = smem + stage * STAGE_BYTES;
     barrier_arrive_expect(full(stage), W_BYTES);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      if (together && half != rank_in_cluster<CLUSTER>()) continue;
       int row = (pairs || inward ? tile.weight_block : 2 * tile.weight_block + half) * HALF_ROWS;
       int inner = (inward ? 2 * k_block + half : k_block) * BLOCK_K, pair_half = pairs ? half : 0;
       if (ORDER == INNER_MAJOR && inward && pairs) {  // eight gate and eight up rows in turn
         load_tensor_5d(destination + half * HALF_BYTES, map, full(stage), inner, 0, 0, row / 16, tile.expert);
       } else if (ORDER == INNER_MAJOR) {
-        load_tensor_4d(destination + half * HALF_BYTES, map, full(stage), inner, row, pair_half, tile.expert);
+        load_box(together, destination + half * HALF_BYTES, map, full(stage), inner, row, pair_half, tile.expert);
       } else {
 #pragma unroll
         for (int run = 0; run < CONSUMERS; ++run)
-          load_tensor_4d(destination + half * HALF_BYTES + run * RUN_BYTES, map, full(stage), row + run * RUN, inner,
-                         pair_half, tile.expert);
+          load_box(together, destination + half * HALF_BYTES + run * RUN_BYTES, map, full(stage), row + run * RUN, inner,
+                   pair_half, tile.expert);
       }
     }
+  }
+
+  __device__ __forceinline__ void load_box(bool together, uint32 destination, const TensorMap& map, uint32 barrier, int c0,
+                                           int c1, int c2, int c3) const {
+    if (together) load_tensor_4d_for(0b11, destination, map, barrier, c0, c1, c2, c3);
+    else load_tensor_4d(destination, map, barrier, c0, c1, c2, c3);
   }
 
   // --- tokens: a warpgroup -------------------------------------------------------------------------------------------
@@ -231,7 +239,7 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
   __device__ __forceinline__ void load_rows(const TileInfo& tile, Cursor& stage) const {
     const TensorMap* maps = launch.a_maps[tile.stack_idx];
     int rows = ceil_div(tile.num_rows, ROWS_OF_BOX) * ROWS_OF_BOX, blocks = schedule.inward(stack_of(tile)) ? 2 : 1;
-    if (threadIdx.x == 0 && is_second(tile)) wait_for_first_product(tile);
+    if (threadIdx.x == 0 && is_second(tile) && rows > 0) wait_for_first_product(tile);
 #pragma unroll 1
     for (int k = 0; k < tile.k_blocks; ++k) {
       barrier_wait(empty(stage.at()), stage.parity() ^ 1);
@@ -283,7 +291,10 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
       }
       wgmma_commit();
       wgmma_wait<0>();  // the other consumer keeps the tensor cores busy meanwhile
-      if (threadIdx.x % WARP == 0) barrier_arrive(empty(stage.at()));
+      if (threadIdx.x % WARP == 0) {
+        barrier_arrive(empty(stage.at()));
+        if (CLUSTER > 1) barrier_arrive_there(in_other_block(empty(stage.at())));
+      }
       stage.advance(launch.num_stages);
     }
   }
@@ -307,33 +318,15 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
       const TileInfo& tile = ring[turn.place()].tile;
       int num_rows = __shfl_sync(FULL_MASK, tile.num_rows, 0);
       switch ((num_rows + 7) / 8) {
-        case 1: multiply_rows<8>(consumer, tile, stage, acc); break;
-        case 2: multiply_rows<16>(consumer, tile, stage, acc); break;
-        case 3: multiply_rows<24>(consumer, tile, stage, acc); break;
-        case 4: multiply_rows<32>(consumer, tile, stage, acc); break;
-        case 5: multiply_rows<40>(consumer, tile, stage, acc); break;
-        case 6: multiply_rows<48>(consumer, tile, stage, acc); break;
-        case 7: multiply_rows<56>(consumer, tile, stage, acc); break;
-        case 8: multiply_rows<64>(consumer, tile, stage, acc); break;
-        case 9: multiply_rows<72>(consumer, tile, stage, acc); break;
-        case 10: multiply_rows<80>(consumer, tile, stage, acc); break;
-        case 11: multiply_rows<88>(consumer, tile, stage, acc); break;
-        case 12: multiply_rows<96>(consumer, tile, stage, acc); break;
-        case 13: multiply_rows<104>(consumer, tile, stage, acc); break;
-        case 14: multiply_rows<112>(consumer, tile, stage, acc); break;
-        case 15: multiply_rows<120>(consumer, tile, stage, acc); break;
-        case 16: multiply_rows<128>(consumer, tile, stage, acc); break;
-        case 17: multiply_rows<136>(consumer, tile, stage, acc); break;
-        case 18: multiply_rows<144>(consumer, tile, stage, acc); break;
-        case 19: multiply_rows<152>(consumer, tile, stage, acc); break;
-        case 20: multiply_rows<160>(consumer, tile, stage, acc); break;
-        case 21: multiply_rows<168>(consumer, tile, stage, acc); break;
-        case 22: multiply_rows<176>(consumer, tile, stage, acc); break;
-        case 23: multiply_rows<184>(consumer, tile, stage, acc); break;
-        default: multiply_rows<192>(consumer, tile, stage, acc);
+        case 0:  // the odd one out of a cluster keeps step
+#define UP_TO_ROWS(EIGHTS) case EIGHTS: multiply_rows<8 * EIGHTS>(consumer, tile, stage, acc); break;
+        UP_TO_ROWS(1) UP_TO_ROWS(2) UP_TO_ROWS(3) UP_TO_ROWS(4) UP_TO_ROWS(5) UP_TO_ROWS(6) UP_TO_ROWS(7) UP_TO_ROWS(8)
+        UP_TO_ROWS(9) UP_TO_ROWS(10) UP_TO_ROWS(11) UP_TO_ROWS(12) UP_TO_ROWS(13) UP_TO_ROWS(14) UP_TO_ROWS(15) UP_TO_ROWS(16)
+        UP_TO_ROWS(17) UP_TO_ROWS(18) UP_TO_ROWS(19) UP_TO_ROWS(20) UP_TO_ROWS(21) UP_TO_ROWS(22) UP_TO_ROWS(23) UP_TO_ROWS(24)
+#undef UP_TO_ROWS
       }
-      Epilogue epilogue{stack_of(tile), ring[turn.place()], Tiles::pairs(stack_of(tile)), schedule.inward(stack_of(tile)), num_rows, consumer,
-                        smem + launch.num_stages * STAGE_BYTES + consumer * Epilogue::SLAB_BYTES};
+      Epilogue epilogue{stack_of(tile), ring[turn.place()], Tiles::pairs(stack_of(tile)),
+                        schedule.inward(stack_of(tile)), num_rows, consumer, smem + launch.num_stages * STAGE_BYTES + consumer * Epilogue::SLAB_BYTES};
       epilogue.store(acc);  // ends in a barrier of the consumer
       barrier_arrive(done(turn.place()));
     });
@@ -344,7 +337,7 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
   __device__ __forceinline__ void report_tiles() const {
     for_each_tile([&](Turn turn) {
       TileInfo tile = ring[turn.place()].tile;
-      bool awaited = launch.num_products == 2 && !is_second(tile);
+      bool awaited = launch.num_products == 2 && !is_second(tile) && tile.num_rows > 0;
       barrier_wait(done(turn.place()), turn.parity());
       barrier_arrive(free(turn.place()));
       if (awaited) Progress{launch.progress}.add(tile.row_block);
@@ -364,7 +357,7 @@ __device__ __forceinline__ void grouped_gemm(const WgmmaLaunch& launch) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < launch.num_stages; ++i) {
       barrier_init(shared_address(&barriers.full[i]), 1 + TOKEN_THREADS);
-      barrier_init(shared_address(&barriers.empty[i]), Gemm::CONSUMER_WARPS);
+      barrier_init(shared_address(&barriers.empty[i]), Gemm::CONSUMER_WARPS * Gemm::CLUSTER);
     }
     for (int i = 0; i < Gemm::RING; ++i) {
       barrier_init(shared_address(&barriers.told[i]), WARP);
@@ -372,14 +365,18 @@ __device__ __forceinline__ void grouped_gemm(const WgmmaLaunch& launch) {
       barrier_init(shared_address(&barriers.free[i]), 1);
     }
     barrier_init(shared_address(&barriers.wanted), 1);
+    barrier_init(shared_address(&barriers.mail.sent), 1);
+    barrier_init(shared_address(&barriers.mail.read), 1);
     barrier_init_fence();
     for (int s = 0; s < launch.num_stacks * launch.num_products; ++s) prefetch_tensor_map(launch.w_maps[s]);
   }
+  if (Gemm::CLUSTER > 1) sync_cluster();  // the barriers of both blocks stand
   wait_for_previous_kernel();
   launch_next_kernel();
   Gemm gemm{launch, {launch, reinterpret_cast<int*>(after)}, barriers, ring, stages};
   int warp = __shfl_sync(FULL_MASK, threadIdx.x / WARP, 0), warpgroup = warp / 4;
-  int position = warp == 4 ? gemm.next_position((int)blockIdx.x - (int)gridDim.x) : 0;
+  Positions<Gemm::CLUSTER> position{launch.progress, barriers.mail};
+  if (warp == 4) position.advance();
   gemm.schedule.template count_row_blocks<Gemm::THREADS>();  // its barriers also publish those above
   if (warpgroup == 0) {
     if (Gemm::CONSUMERS == 2) keep_registers<Shape::TOKEN_REGISTERS>();
@@ -393,6 +390,7 @@ __device__ __forceinline__ void grouped_gemm(const WgmmaLaunch& launch) {
     if (Gemm::CONSUMERS == 2) take_registers<Shape::CONSUMER_REGISTERS>();
     gemm.multiply_and_finish(warpgroup - 2);
   }
+  if (Gemm::CLUSTER > 1) sync_cluster();  // the other block may still write and arrive here
 }
 
 }  // namespace hopper

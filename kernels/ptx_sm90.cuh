@@ -41,6 +41,39 @@ __device__ __forceinline__ bool barrier_test(uint32 barrier, int parity) {
   return done;
 }
 
+// --- clusters: neighbouring blocks that see each other's shared memory -----------------------------------------------------
+
+// Where `address` of this block's shared memory lies in that of another block of the cluster.
+__device__ __forceinline__ uint32 in_block(uint32 address, int rank) {
+  uint32 there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+__device__ __forceinline__ void barrier_arrive_there(uint32 barrier_there) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier_there) : "memory");
+}
+// The same, so that who waits for the cluster sees what this thread wrote before: a fence, which takes half a microsecond.
+__device__ __forceinline__ void barrier_release_there(uint32 barrier_there) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier_there) : "memory");
+}
+// Waits for the end of a phase, and sees what threads of other blocks wrote before they arrived.
+__device__ __forceinline__ void barrier_wait_for_cluster(uint32 barrier, int parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}" ::"r"(barrier), "r"(parity) : "memory");
+}
+__device__ __forceinline__ void store_there(uint32 address_there, int value) {
+  asm volatile("st.shared::cluster.s32 [%0], %1;" ::"r"(address_there), "r"(value) : "memory");
+}
+// All threads of all blocks of the cluster.
+__device__ __forceinline__ void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
 // --- TMA ---------------------------------------------------------------------------------------------------------------
 
 struct alignas(64) TensorMap { uint64 opaque[16]; };
@@ -55,6 +88,14 @@ __device__ __forceinline__ void load_tensor_4d(uint32 destination, const TensorM
       ::"r"(destination), "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
 }
 
+// The same into all blocks of `blocks` (a bit each) of the cluster, at the same addresses, with a barrier in each.
+__device__ __forceinline__ void load_tensor_4d_for(unsigned short blocks, uint32 destination, const TensorMap& map, uint32 barrier,
+                                                   int c0, int c1, int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;"
+      ::"r"(destination), "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"(blocks) : "memory");
+}
 __device__ __forceinline__ void load_tensor_5d(uint32 destination, const TensorMap& map, uint32 barrier, int c0, int c1,
                                                int c2, int c3, int c4) {
   asm volatile(
@@ -114,4 +155,8 @@ __device__ __forceinline__ uint4 load_shared_16(uint32 address) {
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w) : "r"(address) : "memory");
   return value;
+}
+__device__ __forceinline__ void store_global_16(void* address, uint4 value) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+               ::"l"(address), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w) : "memory");
 }

@@ -31,13 +31,13 @@ enum Halves {
 };
 
 // cumoe/gpu/config.py has the same numbers, and how many stages each shape gets.
-template <int ROWS, int CONSUMER_GROUPS, int BLOCKS, Halves OF_TILE> struct TileShape {
-  static constexpr int MAX_ROWS = ROWS, CONSUMERS = CONSUMER_GROUPS, BLOCKS_PER_SM = BLOCKS;
+template <int ROWS, int CONSUMER_GROUPS, int BLOCKS, Halves OF_TILE, int BLOCKS_OF_CLUSTER = 1> struct TileShape {
+  static constexpr int MAX_ROWS = ROWS, CONSUMERS = CONSUMER_GROUPS, BLOCKS_PER_SM = BLOCKS, CLUSTER = BLOCKS_OF_CLUSTER;
   static constexpr int HALF_ROWS = CONSUMERS * RUN;  // weight rows of a half
   static constexpr int RING = ROWS > 64 ? 2 : 4;     // tiles that are planned or under way
   static constexpr int ROWS_OF_BOX = ROWS > 16 ? 16 : 8;  // few rows: what comes along would be a quarter of all traffic
   static constexpr Halves HALVES = OF_TILE;
-  static constexpr int SLAB_ROWS = ROWS == 144 ? 64 : ROWS;  // results on their way out; a smaller slab leaves 4 stages room
+  static constexpr int SLAB_ROWS = ROWS < 64 ? ROWS : 64;  // results on their way out at a time
   // Of the first consumer: while one finishes a tile, the other multiplies; three stages are too few for a distance.
   static constexpr int HEAD_START_NS = ROWS == 144 ? 1000 : 0;
   // Of a thread that brings tokens, plans or brings weights, multiplies: 512 for the four warpgroups of two consumers.
@@ -49,6 +49,8 @@ using Shape16x64 = TileShape<16, 1, 2, INNER>;
 using Shape64x256 = TileShape<64, 2, 1, ROWS>;
 using Shape144x256 = TileShape<144, 2, 1, ROWS>;
 using Shape192x256 = TileShape<192, 2, 1, ROWS>;
+using Shape2x144x256 = TileShape<144, 2, 1, ROWS, 2>;
+using Shape2x192x256 = TileShape<192, 2, 1, ROWS, 2>;
 
 // Whether rows are found through the permutation; else they are neighbours, and TMA brings them.
 __device__ __forceinline__ bool gathers(const ExpertStack& stack) {
@@ -56,9 +58,10 @@ __device__ __forceinline__ bool gathers(const ExpertStack& stack) {
 }
 
 struct TileInfo {
-  int stack_idx, expert, row_begin, num_rows;  // num_rows = 0: there is no further tile
+  int stack_idx, expert, row_begin, num_rows;  // stack_idx = -1: there is no further tile
   int weight_block, k_blocks;
-  int row_block;  // number of its run of rows among those of all groups; the same in both products
+  int row_block;    // number of its run of rows among those of all groups; the same in both products
+  int is_together;  // 1: the other block of the cluster multiplies the same weights with the next or previous run
 };
 
 // A place of the ring in which the producers describe tiles to the consumers.
@@ -72,8 +75,12 @@ template <int MAX_ROWS> struct alignas(16) RingPlace {  // factors are read two 
 // block counts the row blocks of all groups (a group is one expert of one stack of the first product) once.
 //
 // Products and stacks come in order, experts in order; an expert's rows are cut into even runs, multiples of 8 rows; a band
-// of weight blocks is walked over all its runs.
+// of weight blocks is walked over all its runs. The two blocks of a cluster take a position together: two runs of an expert
+// that share the weights, or, where one run is all it has, two weight blocks. Where there is an odd one out, its block has no
+// rows, but keeps step.
 template <typename Shape, WeightOrder ORDER> struct Schedule {
+  static constexpr int CLUSTER = Shape::CLUSTER;
+  static_assert(CLUSTER == 1 || CLUSTER == 2, "a cluster has two blocks");
   const WgmmaLaunch& launch;
   int* row_blocks_before;  // (num_groups + 1) in shared memory
 
@@ -82,7 +89,7 @@ template <typename Shape, WeightOrder ORDER> struct Schedule {
     for (int s = 0; s < launch.num_stacks; ++s) {
       const ExpertStack& stack = launch.stacks[s];
       for (; group - first < stack.num_experts; group += THREADS)
-        row_blocks_before[group] = ceil_div(rows_of(stack, group - first).count, Shape::MAX_ROWS);
+        row_blocks_before[group] = runs_of(rows_of(stack, group - first).count).row_blocks;
       first += stack.num_experts;
     }
     if (group == first) row_blocks_before[group] = 0;
@@ -101,20 +108,21 @@ template <typename Shape, WeightOrder ORDER> struct Schedule {
     return ceil_div(stack.weight_rows, inward(stack) ? Shape::HALF_ROWS : 2 * Shape::HALF_ROWS);
   }
 
-  // The tile at `position`. num_rows is 0 or less where rounding up to 8 leaves the last runs of an expert without rows;
-  // beyond the last tile stack_idx is -1 as well.
+  // The tile of this block at `position`. num_rows is negative where the position is to be passed over by all blocks of the
+  // cluster; beyond the last tile stack_idx is -1.
   __device__ __forceinline__ TileInfo tile(int position) const {
     int num_stacks = launch.num_stacks;
     for (int s = 0, first = 0; s < num_stacks * launch.num_products; ++s) {
       if (s == num_stacks) first = 0;
       const ExpertStack& stack = launch.stacks[s];
-      int blocks = weight_blocks(stack), last = first + stack.num_experts, before = row_blocks_before[first];
-      int tiles = (row_blocks_before[last] - before) * blocks;
-      if (position < tiles) {
-        int group = find(first, last, before + position / blocks);
-        return cut(s, group - first, row_blocks_before[group], position - (row_blocks_before[group] - before) * blocks);
+      int of_row_block = ceil_div(weight_blocks(stack), CLUSTER);  // positions
+      int last = first + stack.num_experts, before = row_blocks_before[first];
+      int positions = (row_blocks_before[last] - before) * of_row_block;
+      if (position < positions) {
+        int group = find(first, last, before + position / of_row_block);
+        return cut(s, group - first, row_blocks_before[group], position - (row_blocks_before[group] - before) * of_row_block);
       }
-      position -= tiles;
+      position -= positions;
       first = last;
     }
     TileInfo none{};
@@ -130,6 +138,14 @@ template <typename Shape, WeightOrder ORDER> struct Schedule {
     return {begin, stack.expert_offsets[expert + 1] - begin};
   }
 
+  // How an expert's rows are cut: one run, or CLUSTER times as many as are needed; the last one may have no rows then.
+  struct Runs { int length, row_blocks; };
+  __device__ __forceinline__ static Runs runs_of(int num_rows) {
+    if (num_rows <= Shape::MAX_ROWS) return {Shape::MAX_ROWS, num_rows > 0};
+    int length = ceil_div(ceil_div(num_rows, ceil_div(num_rows, CLUSTER * Shape::MAX_ROWS) * CLUSTER), 8) * 8;
+    return {length, ceil_div(num_rows, CLUSTER * length) * CLUSTER};
+  }
+
   // The group that holds a row block: row_blocks_before[group] <= row_block < row_blocks_before[group + 1].
   __device__ __forceinline__ int find(int low, int high, int row_block) const {
     while (high - low > 1) {
@@ -139,16 +155,25 @@ template <typename Shape, WeightOrder ORDER> struct Schedule {
     return low;
   }
 
-  // The tile with the given number among those of an expert.
-  __device__ __forceinline__ TileInfo cut(int stack_idx, int expert, int first_row_block, int tile) const {
+  // The tile at the given position among those of an expert.
+  __device__ __forceinline__ TileInfo cut(int stack_idx, int expert, int first_row_block, int position) const {
     const ExpertStack& stack = launch.stacks[stack_idx];
     Rows rows = rows_of(stack, expert);
-    int row_blocks = ceil_div(rows.count, Shape::MAX_ROWS), run = ceil_div(ceil_div(rows.count, row_blocks), 8) * 8;
-    int band = tile / (BAND * row_blocks), in_band = tile % (BAND * row_blocks);
-    int width = min(BAND, weight_blocks(stack) - band * BAND), run_idx = in_band / width;
+    Runs runs = runs_of(rows.count);
+    int blocks = weight_blocks(stack), all_blocks = ceil_div(blocks, CLUSTER) * CLUSTER, rank = blockIdx.x % CLUSTER;
+    bool together = CLUSTER > 1 && runs.row_blocks > 1;
+    int run = 0, weight_block = position * CLUSTER + rank;
+    if (together || CLUSTER == 1) {
+      int walked = runs.row_blocks / CLUSTER, band = position / (BAND * walked), in_band = position % (BAND * walked);
+      int width = min(BAND, all_blocks - band * BAND);
+      run = in_band / width * CLUSTER + rank;
+      weight_block = band * BAND + in_band % width;
+    }
+    int num_rows = max(min(runs.length, rows.count - run * runs.length), 0);
+    if (weight_block >= blocks) num_rows = together ? -1 : 0;
     int block_k = inward(stack) ? 2 * BLOCK_K : BLOCK_K;
-    return {stack_idx, expert, rows.begin + run * run_idx, min(run, rows.count - run * run_idx),
-            band * BAND + in_band % width, ceil_div(stack.inner, block_k), first_row_block + run_idx};
+    return {stack_idx, expert, rows.begin + run * runs.length, num_rows, weight_block, ceil_div(stack.inner, block_k),
+            first_row_block + run, together};
   }
 };
 

@@ -13,7 +13,7 @@ from cumoe.gpu import config, group
 
 pytestmark = pytest.mark.gpu
 
-HIDDEN, EXPERTS, TOP_K = 1096, 8, 2
+HIDDEN, EXPERTS, TOP_K = 1096, 6, 2
 """Three chunks of the router, the last one ragged; few experts, so that few tokens reach the largest tile."""
 
 LARGEST = 2500
@@ -21,7 +21,7 @@ LARGEST = 2500
 
 def thresholds():
     """Return the numbers of tokens around which something else is chosen."""
-    rows = [*config.WGMMA_MEAN_ROWS.values(), *(c.block_m for c in config.CONFIGS if c.engine == "mma")]
+    rows = [*(limit for _, limit in config.WGMMA_MEAN_ROWS), *(c.block_m for c in config.CONFIGS if c.engine == "mma")]
     tokens = {mean * EXPERTS // TOP_K for mean in rows}  # by the mean rows of an expert
     tokens |= {tile.block_m for tile in config.CONFIGS}  # by the rows of a shared expert
     tokens |= {group.MAX_RANKED // TOP_K, group.ONE_BLOCK_SLOTS // TOP_K, group.MAX_BLOCKS, 1, 8, 32}

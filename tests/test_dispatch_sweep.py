@@ -42,7 +42,7 @@ def reachable(engine):
 
 def name_of(tile):
     """Return the name of a test with this tile."""
-    return f"{tile.engine}-{tile.block_m}x{tile.weight_rows}-{tile.stages}x{tile.blocks_per_sm}-{tile.pairs}"
+    return f"{tile.engine}-{tile.name}-{tile.stages}x{tile.blocks_per_sm}-{tile.pairs}"
 
 
 ALL = [tile for engine in ENGINES for tile in reachable(engine)]
@@ -82,7 +82,7 @@ def kernel_of(tile, dtype, order):
     """Return the name of the kernel that has to serve."""
     if tile.engine == "simt":
         return f"grouped_gemm_simt_{dtype}_{dtype}"
-    shape = f"{order}_{tile.block_m}x{tile.weight_rows}" if tile.engine == "wgmma" else f"{tile.block_m}_{order}"
+    shape = f"{order}_{tile.name}" if tile.engine == "wgmma" else f"{tile.block_m}_{order}"
     return f"grouped_gemm_{tile.engine}_{dtype}_{shape}"
 
 

@@ -178,11 +178,11 @@ def test_every_name_that_the_hopper_dispatch_can_form_is_a_kernel():
         assert re.findall(r"^    UNIT_NAME\(", text, re.M) == ["    UNIT_NAME("]
         defined[values["NAME"]] = (values["TYPE"], values["ORDER"], values["SHAPE"], unit)
     named = {
-        f"grouped_gemm_wgmma_{dtype}_{order}_{tile.block_m}x{tile.weight_rows}": (
+        f"grouped_gemm_wgmma_{dtype}_{order}_{tile.name}": (
             {"bfloat16": "bf16", "float16": "fp16"}[dtype],
             order.upper(),
-            f"hopper::Shape{tile.block_m}x{tile.weight_rows}",
-            f"grouped_gemm_wgmma_{dtype}_{order}_{tile.block_m}x{tile.weight_rows}",
+            f"hopper::Shape{tile.name}",
+            f"grouped_gemm_wgmma_{dtype}_{order}_{tile.name}",
         )
         for dtype in ("bfloat16", "float16")
         for order in ("inner_major", "row_major")
@@ -207,13 +207,12 @@ def test_tiles_are_those_of_the_kernels():
 def test_hopper_tiles_are_those_of_the_kernels():
     """Rows, warpgroups and blocks of an SM as the sources have them; a warpgroup has 64 weight rows of each half."""
     text = "\n".join(CUDA.values())
-    shapes = re.findall(r"using Shape(\d+)x(\d+) = (?:hopper::)?TileShape<(\d+), (\d+), (\d+), (\w+)>;", text)
+    shapes = re.findall(r"using Shape([\dx]+) = TileShape<(\d+), (\d+), (\d+), (\w+)(?:, (\d+))?>;", text)
     inner = int(re.search(r"\bBLOCK_K = (\d+), ROW_BYTES = ", text)[1])
     assert len(shapes) == len(WGMMA_TILES)
     for shape, tile in zip(shapes, WGMMA_TILES, strict=True):
-        rows, weight_rows, block_m, consumers, blocks = map(int, shape[:5])
-        assert shape[5] == tile.halves.upper()
-        assert (rows, weight_rows) == (block_m, tile.weight_rows)
+        name, (block_m, consumers, blocks) = shape[0], map(int, shape[1:4])
+        assert (name, shape[4], int(shape[5] or 1)) == (tile.name, tile.halves.upper(), tile.cluster)
         assert (block_m, 64 * consumers, inner, blocks) == (tile.block_m, tile.half, tile.block_k, tile.blocks_per_sm)
         assert tile.threads == (2 + consumers) * number("WARPGROUP")
         assert 2 <= tile.stages <= tile.alone().stages <= number("MAX_STAGES")
@@ -248,7 +247,7 @@ def hopper_bytes(tile, num_groups):
     places = 2 if tile.block_m > 64 else 4
     assert "RING = ROWS > 64 ? 2 : 4;" in CUDA["tiles_sm90.cuh"]
     ring = places * (3 * tile.block_m * 4 + 32)
-    barriers = 8 * (2 * number("MAX_STAGES") + 3 * places + 1)
+    barriers = 8 * (2 * number("MAX_STAGES") + 3 * places + 3 + 1)  # the last is the position in the mail
     return tile.shared_bytes(num_groups) + ring + barriers + tile.threads // 32 * 4
 
 

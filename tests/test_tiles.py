@@ -18,10 +18,10 @@ pytestmark = [
 ]
 
 COUNTS = (
-    0, 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 143, 144, 145, 191, 192, 193, 255,
+    0, 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 143, 144, 145, 191, 192, 193, 255, 289, 433,
 )  # fmt: skip
 FEW = (0, 1, 8, 31)  # fewer tiles than SMs, whatever the tile: a block has an SM for itself
-TILES = {f"{tile.block_m}x{tile.weight_rows}": tile for tile in config.CONFIGS if tile.engine == "wgmma"}
+TILES = {tile.name: tile for tile in config.CONFIGS if tile.engine == "wgmma"}
 SMALLEST = next(iter(TILES))
 FORMS = {
     f"{SMALLEST} woven": TILES[SMALLEST]._replace(pairs="woven"),
@@ -116,6 +116,18 @@ def test_ragged_rows(force, tile, dtype, order, kind):
     y = ragged_layer(dtype, order, kind).run(GPU)
     assert_close(y, expected(dtype, kind), dtype, tile)
     check_chosen(seen, tile, dtype, order)
+
+
+@each_order
+@pytest.mark.parametrize(("tile", "rows"), [("2x144x256", 2305), ("2x192x256", 4230)])
+def test_a_run_without_rows_keeps_step(force, tile, rows, order):
+    """The second block of a cluster has nothing to store, but half of the weights to bring, in both products."""
+    seen = force(tile)
+    fill_pool_with_nan()
+    counts = (rows, 3, 0, 150)
+    y = ragged_layer("bfloat16", order, "silu", counts).run(GPU)
+    assert_close(y, expected("bfloat16", "silu", counts), "bfloat16", tile)
+    check_chosen(seen, tile, "bfloat16", order)
 
 
 @each_tile

@@ -27,11 +27,18 @@ class TileConfig(NamedTuple):
     halves: str = "rows"  # what the halves are, or "inner": see Halves in kernels/tiles_sm90.cuh
     pairs: str = "halves"  # how gate and up rows lie in a tile, or "woven" where halves are "inner"
     slab_rows: int = 0  # rows of results that wgmma stores at a time
+    cluster: int = 1  # neighbouring blocks that share weights
 
     @property
     def weight_rows(self) -> int:
         """Weight rows of a tile."""
         return self.half if self.halves == "inner" else 2 * self.half
+
+    @property
+    def name(self) -> str:
+        """Rows x weight rows, as kernels are named."""
+        tile = f"{self.block_m}x{self.weight_rows}"
+        return tile if self.cluster == 1 else f"{self.cluster}x{tile}"
 
     @property
     def threads(self) -> int:
@@ -65,7 +72,9 @@ CONFIGS = (
     TileConfig("wgmma", block_m=16, half=64, block_k=64, stages=5, blocks_per_sm=2, halves="inner", slab_rows=16),
     TileConfig("wgmma", block_m=64, half=128, block_k=64, stages=5, blocks_per_sm=1, slab_rows=64),
     TileConfig("wgmma", block_m=144, half=128, block_k=64, stages=4, blocks_per_sm=1, slab_rows=64),
-    TileConfig("wgmma", block_m=192, half=128, block_k=64, stages=3, blocks_per_sm=1, slab_rows=192),
+    TileConfig("wgmma", block_m=192, half=128, block_k=64, stages=3, blocks_per_sm=1, slab_rows=64),
+    TileConfig("wgmma", block_m=144, half=128, block_k=64, stages=4, blocks_per_sm=1, slab_rows=64, cluster=2),
+    TileConfig("wgmma", block_m=192, half=128, block_k=64, stages=3, blocks_per_sm=1, slab_rows=64, cluster=2),
     TileConfig("mma", block_m=16, half=64, block_k=64, stages=4, blocks_per_sm=3),
     TileConfig("mma", block_m=64, half=64, block_k=64, stages=3, blocks_per_sm=2),
     TileConfig("mma", block_m=128, half=128, block_k=32, stages=3, blocks_per_sm=1),
@@ -75,8 +84,20 @@ CONFIGS = (
 
 SMALLEST_WGMMA_TILE = next(config for config in CONFIGS if config.engine == "wgmma")
 
-WGMMA_MEAN_ROWS = {16: 4, 64: 24, 144: 384, 192: 2**31 - 1}
-"""Up to how many rows an expert has on average a wgmma tile is chosen, by its rows."""
+WGMMA_MEAN_ROWS = (
+    ("16x64", 4),
+    ("64x256", 24),
+    ("144x256", 144),
+    ("2x144x256", 272),
+    ("144x256", 384),
+    ("192x256", 800),
+    ("2x192x256", 2**31 - 1),
+)
+"""Up to how many rows an expert has on average a wgmma tile is chosen, by its name: a pair of blocks that share weights
+pays where most experts have two runs of rows, or many."""
+
+MANY_ROWS = 144
+"""More rows of a wide shared expert than this are no reason for a larger tile."""
 
 WOVEN_TILES, ALONE_TILES, FEW_TILES = 3, 10, 18
 """Up to how many tiles an SM has in the first product, the smallest wgmma tile weaves pairs, has an SM for itself, and
@@ -95,8 +116,9 @@ def select_config(engine: str, stacks: tuple[StackSizes, ...], num_multiprocesso
     """Return the tile for these stacks of the first product.
 
     It is the smallest one that suits the mean number of rows of an expert of the first stack, or the largest. With
-    wgmma it also has to hold the rows of the other stacks if these do at least as much work as the first: else the
-    weights of a wide shared expert would be read once for every few rows. The smallest one serves only few tiles.
+    wgmma it also has to hold the rows of the other stacks if these do at least as much work as the first, or to be
+    one for many rows: else the weights of a wide shared expert would be read once for every few rows. The smallest
+    one serves only few tiles.
     """
     first, *others = stacks
     mean_rows = -(-first.num_rows // first.num_experts)
@@ -107,10 +129,12 @@ def select_config(engine: str, stacks: tuple[StackSizes, ...], num_multiprocesso
     rows_to_hold = max((stack.num_rows for stack in others), default=0) if other_work >= work else 0
     if max_tiles(SMALLEST_WGMMA_TILE, stacks) > FEW_TILES * num_multiprocessors:
         configs.remove(SMALLEST_WGMMA_TILE)
-    suiting = (
-        config for config in configs if WGMMA_MEAN_ROWS[config.block_m] >= mean_rows and config.block_m >= rows_to_hold
+    by_name = {config.name: config for config in configs}
+    return next(
+        by_name[name]
+        for name, limit in WGMMA_MEAN_ROWS
+        if name in by_name and limit >= mean_rows and (by_name[name].block_m >= rows_to_hold or limit > MANY_ROWS)
     )
-    return next(suiting, configs[-1])
 
 
 def max_tiles(config: TileConfig, stacks: tuple[StackSizes, ...]) -> int:
@@ -124,7 +148,7 @@ def max_tiles(config: TileConfig, stacks: tuple[StackSizes, ...]) -> int:
 def max_row_blocks(config: TileConfig, num_rows: int, num_experts: int) -> int:
     """Return an upper bound of the runs of rows that a tile takes, for any routing."""
     hit = min(num_experts, num_rows)
-    return (num_rows - hit) // config.block_m + hit
+    return config.cluster * ((num_rows - hit) // (config.cluster * config.block_m) + hit)
 
 
 def spread(config: TileConfig, stacks: tuple[StackSizes, ...], num_multiprocessors: int) -> TileConfig:
@@ -139,4 +163,4 @@ def spread(config: TileConfig, stacks: tuple[StackSizes, ...], num_multiprocesso
 
 def grid_size(config: TileConfig, tiles: int, num_multiprocessors: int) -> int:
     """Return the number of persistent blocks for at most so many tiles."""
-    return min(tiles, num_multiprocessors * config.blocks_per_sm)
+    return min(tiles, num_multiprocessors // config.cluster * config.cluster * config.blocks_per_sm)

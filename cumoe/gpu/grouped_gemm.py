@@ -95,7 +95,7 @@ def _launch_wgmma(kernel: tuple[str, ...], products: Sequence[Sequence[ExpertSta
     packed = joined((_maps(ordered, order, config), _pack(ordered, 2 * MAX_STACKS), tail))
     grid = grid_size(config, tiles, num_sms)
     launch(
-        f"grouped_gemm_wgmma_{dtype}_{order}_{config.block_m}x{config.weight_rows}",
+        f"grouped_gemm_wgmma_{dtype}_{order}_{config.name}",
         grid,
         config.threads,
         packed.padded(WGMMA_BYTES),

@@ -62,14 +62,14 @@ class Step(NamedTuple):
     def line(self) -> str:
         """Return the line of the report."""
         return (
-            f"{self.stage:<12} {self.kernel:<47} {self.grid:>6} {self.block:>5} {self.tile:>9} {self.units:>7}"
+            f"{self.stage:<12} {self.kernel:<49} {self.grid:>6} {self.block:>5} {self.tile:>9} {self.units:>7}"
             f" {self.waves:>7.2f} {self.blocks_per_sm:>3} {self.shared_bytes:>7} {_amount(self.num_bytes):>8}"
             f" {_amount(self.flops):>8} {self.us:>8.1f} {self.roof:>7}"
         )
 
 
 HEADER = (
-    f"{'stage':<12} {'kernel':<47} {'grid':>6} {'block':>5} {'tile':>9} {'units':>7} {'waves':>7} {'/SM':>3}"
+    f"{'stage':<12} {'kernel':<49} {'grid':>6} {'block':>5} {'tile':>9} {'units':>7} {'waves':>7} {'/SM':>3}"
     f" {'shared':>7} {'bytes':>8} {'FLOP':>8} {'bound us':>8} {'roof':>7}"
 )
 
@@ -205,7 +205,7 @@ def _step(note: Note, layer: "MoE", num_tokens: int, hit: int, gpu: Gpu, roofs: 
     together = SM_SHARED_BYTES // (note.shared_bytes + BLOCK_RESERVED_BYTES)
     blocks_per_sm = max(1, min(SM_THREADS // note.block, together))
     if isinstance(work, Work):
-        units, tile = work.tiles, f"{work.config.block_m}x{work.config.weight_rows}"
+        units, tile = work.tiles, work.config.name
         blocks_per_sm = work.config.blocks_per_sm
         flops = sum(2 * stack.num_rows * stack.w.shape[1] * stack.w.shape[2] for stack in work.stacks)
         num_bytes -= sum(_unread_bytes(stack, hit) for stack in work.stacks)
