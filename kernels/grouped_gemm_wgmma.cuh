@@ -21,7 +21,8 @@
 //   barrier     count       from                  a phase ends when
 //   full[s]     1 + 128     weights, tokens       TMA and the copies have written stage s
 //   empty[s]    warps       consumers             every consumer warp of the cluster has multiplied stage s
-//   told[r]     32          planner               the description of a tile and its row factors stand in ring place r
+//   placed[r]   1           planner               ring place r says which tile comes next
+//   told[r]     32          planner               where its rows are and their factors stand there too
 //   done[r]     threads     tokens, consumers     all rows of that tile are asked for, and its results stored
 //   free[r]     1           reporter              nobody reads that place any more
 //   wanted      1           weights               the end of a tile is near: the next one is to be planned
@@ -61,7 +62,7 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
   static constexpr int RING = Shape::RING, ROWS_OF_BOX = Shape::ROWS_OF_BOX;
 
   struct Barriers {
-    uint64 full[MAX_STAGES], empty[MAX_STAGES], told[RING], done[RING], free[RING], wanted;
+    uint64 full[MAX_STAGES], empty[MAX_STAGES], placed[RING], told[RING], done[RING], free[RING], wanted;
     Mail mail;
   };
 
@@ -73,11 +74,11 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
 
   __device__ __forceinline__ uint32 full(int stage) const { return shared_address(&barriers.full[stage]); }
   __device__ __forceinline__ uint32 empty(int stage) const { return shared_address(&barriers.empty[stage]); }
+  __device__ __forceinline__ uint32 placed(int place) const { return shared_address(&barriers.placed[place]); }
   __device__ __forceinline__ uint32 told(int place) const { return shared_address(&barriers.told[place]); }
   __device__ __forceinline__ uint32 done(int place) const { return shared_address(&barriers.done[place]); }
   __device__ __forceinline__ uint32 free(int place) const { return shared_address(&barriers.free[place]); }
   __device__ __forceinline__ uint32 wanted() const { return shared_address(&barriers.wanted); }
-
   // A place in the ring of tiles, and the parity of the round: both follow from the number of the block's tile.
   struct Turn {
     int tile = 0;
@@ -99,10 +100,11 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
   __device__ __forceinline__ const ExpertStack& stack_of(const TileInfo& tile) const { return launch.stacks[tile.stack_idx]; }
   __device__ __forceinline__ bool is_second(const TileInfo& tile) const { return tile.stack_idx >= launch.num_stacks; }
 
-  // Every role walks the same tiles: visit(turn) of each, in order, until one without rows.
-  template <typename Visit> __device__ __forceinline__ void for_each_tile(Visit visit) const {
+  // Every role walks the same tiles: visit(turn) of each, in order. Weights are asked for before the rows are described.
+  enum Known { PLACED, TOLD };
+  template <Known KNOWN = TOLD, typename Visit> __device__ __forceinline__ void for_each_tile(Visit visit) const {
     for (Turn turn;; ++turn.tile) {
-      barrier_wait(told(turn.place()), turn.parity());
+      barrier_wait(KNOWN == PLACED ? placed(turn.place()) : told(turn.place()), turn.parity());
       if (ring[turn.place()].tile.stack_idx < 0) return;
       visit(turn);
     }
@@ -115,6 +117,7 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
       Place& next = ring[turn.place()];
       barrier_wait(free(turn.place()), turn.parity() ^ 1);
       while (!find_tile(position.value, next.tile)) position.advance();
+      if (threadIdx.x % WARP == 0) barrier_arrive(placed(turn.place()));
       describe_rows(next);
       barrier_arrive(told(turn.place()));
       if (next.tile.stack_idx < 0) return;
@@ -146,7 +149,7 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
 
   __device__ __forceinline__ void bring_weights() const {
     Cursor stage;
-    for_each_tile([&](Turn turn) {
+    for_each_tile<PLACED>([&](Turn turn) {
       TileInfo tile = ring[turn.place()].tile;
 #pragma unroll 1
       for (int k = 0; k < tile.k_blocks; ++k) {
@@ -360,6 +363,7 @@ __device__ __forceinline__ void grouped_gemm(const WgmmaLaunch& launch) {
       barrier_init(shared_address(&barriers.empty[i]), Gemm::CONSUMER_WARPS * Gemm::CLUSTER);
     }
     for (int i = 0; i < Gemm::RING; ++i) {
+      barrier_init(shared_address(&barriers.placed[i]), 1);
       barrier_init(shared_address(&barriers.told[i]), WARP);
       barrier_init(shared_address(&barriers.done[i]), TOKEN_THREADS + Gemm::CONSUMER_WARPS * WARP);
       barrier_init(shared_address(&barriers.free[i]), 1);

@@ -247,7 +247,7 @@ def hopper_bytes(tile, num_groups):
     places = 2 if tile.block_m > 64 else 4
     assert "RING = ROWS > 64 ? 2 : 4;" in CUDA["tiles_sm90.cuh"]
     ring = places * (3 * tile.block_m * 4 + 32)
-    barriers = 8 * (2 * number("MAX_STAGES") + 3 * places + 3 + 1)  # the last is the position in the mail
+    barriers = 8 * (2 * number("MAX_STAGES") + 4 * places + 3 + 1)  # the last is the position in the mail
     return tile.shared_bytes(num_groups) + ring + barriers + tile.threads // 32 * 4
 
 
