@@ -12,7 +12,7 @@ from test_route import SCORINGS, assert_routing, on
 import cumoe
 from cumoe.gpu import group, route, router_gemm
 from cumoe.gpu.layer_router import LayerRouter
-from cumoe.gpu.route_and_group import PLACE, PUBLISH, max_blocks, split
+from cumoe.gpu.route_and_group import PLACE, PUBLISH, max_rows, split
 from cumoe.gpu.router_gemm import CHUNK, FEW, MANY
 from cumoe.gpu.router_gemm import split as split_planes
 
@@ -44,10 +44,10 @@ def test_logits_come_whole_or_in_chunks(num_tokens, num_experts, hidden_size, nu
 def test_every_token_is_routed_once(num_tokens, top_k, num_experts, apart, alone, max_bytes):
     """Blocks cover the tokens, the last one has some, memory and counts suffice, and who sorts has few slots."""
     words = max(top_k, 1) + num_experts * (2 if apart else 1)
-    how = split(num_tokens, top_k, words, num_experts, max_bytes, alone=alone)
+    how = split(num_tokens, top_k, words, max_bytes, alone=alone)
     of_a_block = how.tokens_per_block
     assert (how.blocks - 1) * of_a_block < num_tokens <= how.blocks * of_a_block
-    assert how.blocks <= max_blocks(num_tokens) <= group.MAX_BLOCKS
+    assert how.blocks <= max_rows(num_tokens) <= group.MAX_ROWS
     assert how.shared_bytes(words, num_experts) <= max_bytes
     if how.then == PLACE:
         assert num_tokens * top_k <= group.ONE_BLOCK_SLOTS

@@ -1,0 +1,299 @@
+// route_lanes: routing of many tokens, a warp a token at a time, in registers; the same bits as route.cuh.
+//
+//   lane     KEYS experts that are neighbours, lane * KEYS + i; they come 16 bytes at a time
+//   batch    as many tokens one after the other as have room for their choices side by side in a warp: a segment of the next
+//            power of two from top_k on each. The lanes of a batch weigh together
+//   smem     a warp: see Row in route.cuh, touched for odd tokens alone
+//
+// From its keys a lane keeps the LIST best, in order. A choice is the largest head of all lists, and the lane that has it
+// moves on: ten instructions. Which expert has that key the lanes find out afterwards, each for its own choice. What that
+// does not settle makes a token odd, and route.cuh routes it: keys that tie, a zero (which may be -0), NaN, -inf, more choices
+// of one lane than its list is long. Of 256 random experts in 8 groups 2 % of the tokens are odd.
+//
+//   __syncwarp       an odd token's row is in shared memory, or no longer needed there
+//
+//   needs    float32 logits in rows of whole, aligned vectors; no table, softcap, mixer; groups of 1, 2, 4 ... lanes, dropped
+//            at -inf; ranks by logits or sigmoids where a bias or groups interfere (cumoe/gpu/route_and_count.py)
+#pragma once
+#include "route.cuh"
+
+namespace route {
+
+constexpr int LIST = 4, VECTOR = 4;
+constexpr uint32 INFINITY_KEY = 0xff800000u, MINUS_INFINITY_KEY = 0x007fffffu, MINUS_ZERO_KEY = 0x7fffffffu;
+
+// key_of for numbers but -0. NaN comes out above infinity, or below -inf if it has a sign.
+__device__ __forceinline__ uint32 key_of_number(float score) {
+  uint32 bits = __float_as_uint(score);
+  return bits ^ (static_cast<uint32>(static_cast<int>(bits) >> 31) | 0x80000000u);
+}
+
+// Its inverse.
+__device__ __forceinline__ float number_of(uint32 key) {
+  return __uint_as_float(key ^ (~static_cast<uint32>(static_cast<int>(key) >> 31) | 0x80000000u));
+}
+
+__device__ __forceinline__ void larger_first(uint32& a, uint32& b) {
+  uint32 larger = max(a, b);
+  b = min(a, b), a = larger;
+}
+
+// The LIST largest keys, largest first: lists of four are sorted, and merged while they have the four best.
+template <int KEYS> __device__ __forceinline__ void sort_best(const uint32 (&keys)[KEYS], uint32 (&list)[LIST]) {
+#pragma unroll
+  for (int first = 0; first < KEYS; first += LIST) {
+    uint32 four[LIST];
+#pragma unroll
+    for (int i = 0; i < LIST; ++i) four[i] = keys[first + i];
+    larger_first(four[0], four[1]), larger_first(four[2], four[3]);
+    larger_first(four[0], four[2]), larger_first(four[1], four[3]);
+    larger_first(four[1], four[2]);
+#pragma unroll
+    for (int i = 0; i < LIST; ++i) list[i] = first == 0 ? four[i] : max(list[i], four[LIST - 1 - i]);
+    if (first == 0) continue;
+    larger_first(list[0], list[2]), larger_first(list[1], list[3]);
+    larger_first(list[0], list[1]), larger_first(list[2], list[3]);
+  }
+}
+
+// The choices of a batch, one a lane at most; sums go over the lanes of a segment.
+struct ChoicesInLanes {
+  float value;
+  bool there;
+  int segment;
+  template <typename Visit> __device__ __forceinline__ void each(Visit visit) {
+    if (there) visit(value);
+  }
+  // As warp_sum adds, but for the zeros of other lanes.
+  __device__ __forceinline__ float sum(float value) const {
+#pragma unroll 1
+    for (int step = segment / 2; step > 0; step /= 2) value += __shfl_xor_sync(FULL_MASK, value, step);
+    return value;
+  }
+  __device__ __forceinline__ float largest(float value) const {
+#pragma unroll 1
+    for (int step = segment / 2; step > 0; step /= 2) value = fmaxf(value, __shfl_xor_sync(FULL_MASK, value, step));
+    return value;
+  }
+};
+
+// What depends on the router alone, for all tokens.
+struct Lanes {
+  int segment;        // lanes that have room for the choices of a token: 1, 2, 4 ... 32
+  int per_group;      // lanes that share a group of experts, where there are several
+  int by_sigmoids;    // experts are ranked by their sigmoids, else by their logits
+  int whole_softmax;  // needs_whole_softmax
+};
+
+// What a lane knows of its choice.
+struct Choice {
+  uint32 key = TAKEN, heads = 0;  // the lanes whose list began with the key
+  int expert = 0;
+  Softmax softmax;  // over all experts
+};
+
+// The logit of one expert: the sum of all parts, in order, and the bias.
+__device__ __forceinline__ float logit_of(const RouterLaunch& p, int64 token, int expert) {
+  const float* at = static_cast<const float*>(p.logits) + token * p.row_stride + expert;
+  float value = *at;
+#pragma unroll 4
+  for (int part = 1; part < p.num_parts; ++part) value += at[part * p.part_stride];
+  return p.router_bias ? value + p.router_bias[expert] : value;
+}
+
+// WHOLE: there are 32 KEYS experts, not fewer.
+template <int KEYS, bool WHOLE> struct Router {
+  static constexpr int VECTORS = KEYS / VECTOR, PARTS_AHEAD = 16 / KEYS;
+
+  const RouterLaunch& p;
+  const Lanes& lanes;
+  int lane = threadIdx.x % WARP;
+
+  __device__ __forceinline__ bool exists(int i) const {
+    return WHOLE || lane * KEYS + i / VECTOR * VECTOR < p.num_experts;
+  }
+
+  // The lane's part of a row.
+  __device__ __forceinline__ void read(const float* row, float4 (&vectors)[VECTORS]) const {
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      if (!WHOLE) vectors[v] = {0.0f, 0.0f, 0.0f, 0.0f};
+      if (exists(v * VECTOR)) vectors[v] = reinterpret_cast<const float4*>(row + lane * KEYS)[v];
+    }
+  }
+  __device__ __forceinline__ static void add(float (&values)[KEYS], const float4 (&vectors)[VECTORS]) {
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      values[v * VECTOR] += vectors[v].x, values[v * VECTOR + 1] += vectors[v].y;
+      values[v * VECTOR + 2] += vectors[v].z, values[v * VECTOR + 3] += vectors[v].w;
+    }
+  }
+
+  // As logit_of.
+  __device__ __forceinline__ void read_logits(const float* row, float (&values)[KEYS]) const {
+    float4 vectors[VECTORS];
+    read(row, vectors);
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      values[v * VECTOR] = vectors[v].x, values[v * VECTOR + 1] = vectors[v].y;
+      values[v * VECTOR + 2] = vectors[v].z, values[v * VECTOR + 3] = vectors[v].w;
+    }
+#pragma unroll 1
+    for (int part = 1; part < p.num_parts; part += PARTS_AHEAD) {
+      float4 ahead[PARTS_AHEAD][VECTORS];
+#pragma unroll
+      for (int i = 0; i < PARTS_AHEAD; ++i)
+        if (part + i < p.num_parts) read(row += p.part_stride, ahead[i]);
+#pragma unroll
+      for (int i = 0; i < PARTS_AHEAD; ++i)
+        if (part + i < p.num_parts) add(values, ahead[i]);
+    }
+    if (p.router_bias) read(p.router_bias, vectors), add(values, vectors);
+  }
+
+  // As Token::add_up_softmax.
+  __device__ __forceinline__ Softmax softmax_over(const float (&values)[KEYS]) const {
+    Softmax softmax{minus_infinity(), 0.0f};
+#pragma unroll
+    for (int i = 0; i < KEYS; ++i)
+      if (exists(i)) softmax.largest = fmaxf(softmax.largest, values[i]);
+    softmax.largest = warp_max(softmax.largest);
+#pragma unroll
+    for (int i = 0; i < KEYS; ++i)
+      if (exists(i)) softmax.denominator += expf(values[i] - softmax.largest);
+    softmax.denominator = warp_sum(softmax.denominator);
+    return softmax;
+  }
+
+  // Empties the lists of all groups but the top_groups best; false if groups tie.
+  __device__ __forceinline__ bool drop_groups(uint32 (&list)[LIST]) const {
+    uint32 first = list[0], second = list[1];
+#pragma unroll 1
+    for (int step = 1; step < lanes.per_group; step *= 2) {
+      uint32 other_first = __shfl_xor_sync(FULL_MASK, first, step), other_second = __shfl_xor_sync(FULL_MASK, second, step);
+      second = max(min(first, other_first), max(second, other_second));
+      first = max(first, other_first);
+    }
+    float score = number_of(first);
+    if (p.group_score == GROUP_SUM_TOP2) score += number_of(second);  // a group has KEYS experts at least
+    uint32 left = exists(0) ? key_of(score) : TAKEN;
+#pragma unroll 2
+    for (int g = 0; g < p.top_groups; ++g)
+      if (left == __reduce_max_sync(FULL_MASK, left)) left = TAKEN;
+    bool kept = exists(0) && left == TAKEN;
+#pragma unroll
+    for (int i = 0; i < LIST; ++i)
+      if (!kept) list[i] = TAKEN;
+    return __popc(__ballot_sync(FULL_MASK, kept)) == p.top_groups * lanes.per_group;
+  }
+
+  // The choices of the token whose logits begin at `row`, into lanes first_lane, first_lane + 1 ...; false if it is odd for
+  // another reason than its keys.
+  __device__ __forceinline__ bool choose(const float* row, int first_lane, Choice& choice) const {
+    float values[KEYS];
+    read_logits(row, values);
+    int own = lane - first_lane;
+    bool is_own = own >= 0 && own < p.top_k;
+    if (lanes.whole_softmax) {
+      Softmax softmax = softmax_over(values);
+      if (is_own) choice.softmax = softmax;
+    }
+    if (lanes.by_sigmoids) {
+#pragma unroll
+      for (int i = 0; i < KEYS; ++i) values[i] = quick_sigmoid(values[i]);
+    }
+    if (p.selection_bias) {
+      float4 vectors[VECTORS];
+      read(p.selection_bias, vectors), add(values, vectors);
+    }
+    uint32 keys[KEYS], list[LIST];
+#pragma unroll
+    for (int i = 0; i < KEYS; ++i) keys[i] = exists(i) ? key_of_number(values[i]) : TAKEN;
+    sort_best(keys, list);
+    bool odd = list[0] > INFINITY_KEY;
+    if (p.num_groups > 1) odd = !drop_groups(list) || odd;
+    bool holds = list[0] != TAKEN;
+
+    uint32 key = choice.key, heads = choice.heads;
+#pragma unroll 2
+    for (int j = 0; j < p.top_k; ++j) {
+      uint32 top = __reduce_max_sync(FULL_MASK, list[0]);
+      bool wins = list[0] == top;
+      uint32 winners = __ballot_sync(FULL_MASK, wins);
+      if (wins) {
+#pragma unroll
+        for (int i = 0; i < LIST - 1; ++i) list[i] = list[i + 1];
+        list[LIST - 1] = TAKEN;
+      }
+      if (j == own) key = top, heads = winners;
+    }
+    choice.key = key, choice.heads = heads;
+    int winner = __ffs(heads) - 1, at = 0;
+#pragma unroll
+    for (int i = KEYS - 1; i >= 0; --i)
+      if (__shfl_sync(FULL_MASK, keys[i], winner) == key) at = i;
+    if (is_own) choice.expert = winner * KEYS + at;
+    if (KEYS > LIST) odd = odd || (holds && list[0] == TAKEN);
+    return !__any_sync(FULL_MASK, odd);
+  }
+
+  // Whether the lane's choice makes its token odd; `is_first`: of the token.
+  __device__ __forceinline__ static bool is_odd(const Choice& choice, bool is_first) {
+    uint32 before = __shfl_up_sync(FULL_MASK, choice.key, 1);
+    bool no_number = choice.key <= MINUS_INFINITY_KEY || choice.key - MINUS_ZERO_KEY <= 1u;
+    return no_number || (choice.heads & (choice.heads - 1)) != 0 || (!is_first && choice.key == before);
+  }
+
+  // The choices of any token, through the warp's part of shared memory.
+  __device__ __forceinline__ void choose_oddly(int64 token, int first_lane, uint32* smem, Choice& choice) const {
+    Token<KEYS> odd(p, smem);
+#pragma unroll 1
+    for (int e = lane; e < p.num_experts; e += WARP) {
+      float logit = logit_of(p, token, e);
+      odd.logits[e] = logit;
+      if (ranks_apart(p)) odd.keys[e] = ranked(p, e, ranking_score(p, logit));
+    }
+    __syncwarp();
+    odd.rank();
+    odd.choose();
+    int own = lane - first_lane;
+    if (own >= 0 && own < p.top_k) choice.expert = odd.words[own], choice.softmax = odd.softmax;
+    __syncwarp();
+  }
+};
+
+// The ids and weights of `num_tokens` tokens, written by a warp; visit(expert) is called for every choice.
+template <int KEYS, bool WHOLE, typename Visit>
+__device__ __forceinline__ void route_in_lanes(const RouterLaunch& p, const Lanes& lanes, int64 begin, int num_tokens,
+                                               uint32* smem, Visit visit) {
+  Router<KEYS, WHOLE> router{p, lanes};
+  int lane = threadIdx.x % WARP, of_a_batch = WARP / lanes.segment, j = lane % lanes.segment, own = lane / lanes.segment;
+  const float* row = static_cast<const float*>(p.logits) + begin * p.row_stride;
+#pragma unroll 1
+  for (int first = 0; first < num_tokens; first += of_a_batch) {
+    int count = min(of_a_batch, num_tokens - first);
+    Choice choice;
+    uint32 odd = 0;
+#pragma unroll 1
+    for (int t = 0; t < count; ++t, row += p.row_stride)
+      if (!router.choose(row, t * lanes.segment, choice)) odd |= 1u << t;
+    bool there = own < count && j < p.top_k;
+    bool any = router.is_odd(choice, j == 0);
+#pragma unroll 1
+    for (uint32 of_lanes = __ballot_sync(FULL_MASK, there && any); of_lanes != 0; of_lanes &= of_lanes - 1)
+      odd |= 1u << (__ffs(of_lanes) - 1) / lanes.segment;
+#pragma unroll 1
+    for (; odd != 0; odd &= odd - 1) {
+      int t = __ffs(odd) - 1;
+      router.choose_oddly(begin + first + t, t * lanes.segment, smem, choice);
+    }
+    ChoicesInLanes choices{0.0f, there, lanes.segment};
+    if (there) choices.value = logit_of(p, begin + first + own, choice.expert);
+    weigh(p, choices, choice.softmax);
+    if (!there) continue;
+    store(p, begin + first + own, j, choice.expert, choices.value);
+    visit(choice.expert);
+  }
+}
+
+}  // namespace route
