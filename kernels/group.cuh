@@ -83,7 +83,7 @@ struct Batch {
 // histogram[bin] <- 0, for all bins that a row of counts has; the whole block, which meets at a barrier then.
 __device__ __forceinline__ void clear(const GroupLaunch& p, int* histogram) {
   for (int bin = threadIdx.x; bin < row_vectors(p) * VECTOR; bin += blockDim.x) histogram[bin] = 0;
-  __syncthreads();
+  __syncthreads();  // the histogram is empty
 }
 __device__ __forceinline__ void count(const GroupLaunch& p, int* histogram, int expert) {
   atomicAdd(&histogram[bin_of(p, expert)], 1);
@@ -91,7 +91,7 @@ __device__ __forceinline__ void count(const GroupLaunch& p, int* histogram, int 
 // The histogram of a row of counts, which is complete after a barrier; the whole block.
 __device__ __forceinline__ void publish(const GroupLaunch& p, int row, const int* histogram) {
   int length = row_vectors(p) * VECTOR;
-  __syncthreads();
+  __syncthreads();  // the histogram is complete
   for (int bin = threadIdx.x; bin < length; bin += blockDim.x) p.counts[(int64)row * length + bin] = histogram[bin];
 }
 

@@ -2,7 +2,7 @@
 //
 //   grid     a block routes a run of tokens_per_block neighbouring tokens, each of its warps a part of it; see route_lanes.cuh
 //   block    8 to 32 warps, up to 24 with 16 experts a lane, as many as there are tokens
-//   smem     the histogram of the block's choices, then words_per_warp words a warp for odd tokens
+//   smem     the histogram of the block's choices, then words_per_warp words a warp
 //
 //   barrier       means
 //   after zeros   the histogram is empty
@@ -17,15 +17,15 @@ struct RouteAndCountLaunch {
   route::RouterLaunch router;
   group::GroupLaunch group;
   route::Lanes lanes;
-  int tokens_per_block, tokens_per_warp;
+  int tokens_per_block, tokens_per_warp, words_per_warp, padding;
 };
-static_assert(sizeof(RouteAndCountLaunch) == 272, "cumoe/gpu/route_and_count.py packs 272 bytes");
+static_assert(sizeof(RouteAndCountLaunch) == 280, "cumoe/gpu/route_and_count.py packs 280 bytes");
 
 template <int KEYS, bool WHOLE> __device__ __forceinline__ void run(const RouteAndCountLaunch& launch) {
   extern __shared__ uint32 dynamic_smem[];
   int* histogram = reinterpret_cast<int*>(dynamic_smem);
   int warp = __shfl_sync(FULL_MASK, (int)threadIdx.x / WARP, 0);  // which tells the compiler that lanes agree
-  uint32* row = dynamic_smem + group::row_vectors(launch.group) * group::VECTOR + warp * launch.router.words_per_warp;
+  uint32* row = dynamic_smem + group::row_vectors(launch.group) * group::VECTOR + warp * launch.words_per_warp;
   group::clear(launch.group, histogram);
   wait_for_previous_kernel();
   launch_next_kernel();

@@ -3,14 +3,17 @@
 //   lane     KEYS experts that are neighbours, lane * KEYS + i; they come 16 bytes at a time
 //   batch    as many tokens one after the other as have room for their choices side by side in a warp: a segment of the next
 //            power of two from top_k on each. The lanes of a batch weigh together
-//   smem     a warp: see Row in route.cuh, touched for odd tokens alone
+//   smem     a warp: the lists of its lanes, or for an odd token a Row of route.cuh
 //
 // From its keys a lane keeps the LIST best, in order. A choice is the largest head of all lists, and the lane that has it
-// moves on: ten instructions. Which expert has that key the lanes find out afterwards, each for its own choice. What that
-// does not settle makes a token odd, and route.cuh routes it: keys that tie, a zero (which may be -0), NaN, -inf, more choices
-// of one lane than its list is long. Of 256 random experts in 8 groups 2 % of the tokens are odd.
+// moves on. Which expert has that key the lanes find out afterwards, each for its own choice. What that does not settle makes
+// a token odd, and route.cuh routes it: keys that tie, a zero (which may be -0), NaN, -inf, more choices of one lane than its
+// list is long. Of 256 random experts in 8 groups 2 % of the tokens are odd.
 //
-//   __syncwarp       an odd token's row is in shared memory, or no longer needed there
+// An SM has half as many integer units as issue slots, so it is compares, selects and shifts that count: lists in shared
+// memory move on by one load, where registers took four selects.
+//
+//   __syncwarp       the lists, the choices or an odd token's row are in shared memory, or no longer needed there
 //
 //   needs    float32 logits in rows of whole, aligned vectors; no table, softcap, mixer; groups of 1, 2, 4 ... lanes, dropped
 //            at -inf; ranks by logits or sigmoids where a bias or groups interfere (cumoe/gpu/route_and_count.py)
@@ -87,7 +90,7 @@ struct Lanes {
 
 // What a lane knows of its choice.
 struct Choice {
-  uint32 key = TAKEN, heads = 0;  // the lanes whose list began with the key
+  uint32 key = TAKEN;
   int expert = 0;
   Softmax softmax;  // over all experts
 };
@@ -104,13 +107,20 @@ __device__ __forceinline__ float logit_of(const RouterLaunch& p, int64 token, in
 // WHOLE: there are 32 KEYS experts, not fewer.
 template <int KEYS, bool WHOLE> struct Router {
   static constexpr int VECTORS = KEYS / VECTOR, PARTS_AHEAD = 16 / KEYS;
+  static constexpr uint32 STEP = WARP * sizeof(uint32), END = LIST * STEP, PLACES = END + STEP;  // bytes
 
   const RouterLaunch& p;
   const Lanes& lanes;
+  uint32* smem;  // (LIST + 1, 32) lists of the lanes, each with an end; (32) where the choices stand in them
   int lane = threadIdx.x % WARP;
+  uint32 own_list = lane * sizeof(uint32);
 
   __device__ __forceinline__ bool exists(int i) const {
     return WHOLE || lane * KEYS + i / VECTOR * VECTOR < p.num_experts;
+  }
+
+  __device__ __forceinline__ uint32& at(uint32 byte) const {
+    return *reinterpret_cast<uint32*>(reinterpret_cast<char*>(smem) + byte);
   }
 
   // The lane's part of a row.
@@ -138,6 +148,7 @@ template <int KEYS, bool WHOLE> struct Router {
       values[v * VECTOR] = vectors[v].x, values[v * VECTOR + 1] = vectors[v].y;
       values[v * VECTOR + 2] = vectors[v].z, values[v * VECTOR + 3] = vectors[v].w;
     }
+    if (p.num_parts == 1 && !p.router_bias) return;
 #pragma unroll 1
     for (int part = 1; part < p.num_parts; part += PARTS_AHEAD) {
       float4 ahead[PARTS_AHEAD][VECTORS];
@@ -148,7 +159,8 @@ template <int KEYS, bool WHOLE> struct Router {
       for (int i = 0; i < PARTS_AHEAD; ++i)
         if (part + i < p.num_parts) add(values, ahead[i]);
     }
-    if (p.router_bias) read(p.router_bias, vectors), add(values, vectors);
+    if (!p.router_bias) return;
+    read(p.router_bias, vectors), add(values, vectors);
   }
 
   // As Token::add_up_softmax.
@@ -187,8 +199,8 @@ template <int KEYS, bool WHOLE> struct Router {
     return __popc(__ballot_sync(FULL_MASK, kept)) == p.top_groups * lanes.per_group;
   }
 
-  // The choices of the token whose logits begin at `row`, into lanes first_lane, first_lane + 1 ...; false if it is odd for
-  // another reason than its keys.
+  // The choices of the token whose logits begin at `row`, into lanes first_lane, first_lane + 1 ...; false if it is odd, but
+  // for what is_odd says.
   __device__ __forceinline__ bool choose(const float* row, int first_lane, Choice& choice) const {
     float values[KEYS];
     read_logits(row, values);
@@ -212,41 +224,45 @@ template <int KEYS, bool WHOLE> struct Router {
     sort_best(keys, list);
     bool odd = list[0] > INFINITY_KEY;
     if (p.num_groups > 1) odd = !drop_groups(list) || odd;
-    bool holds = list[0] != TAKEN;
-
-    uint32 key = choice.key, heads = choice.heads;
-#pragma unroll 2
-    for (int j = 0; j < p.top_k; ++j) {
-      uint32 top = __reduce_max_sync(FULL_MASK, list[0]);
-      bool wins = list[0] == top;
-      uint32 winners = __ballot_sync(FULL_MASK, wins);
-      if (wins) {
 #pragma unroll
-        for (int i = 0; i < LIST - 1; ++i) list[i] = list[i + 1];
-        list[LIST - 1] = TAKEN;
+    for (int i = 0; i < LIST; ++i) at(own_list + i * STEP) = list[i];
+    at(own_list + END) = TAKEN;
+
+    uint32 place = own_list, head = list[0];
+#pragma unroll 4
+    for (int j = 0; j < p.top_k; ++j) {
+      if (head == __reduce_max_sync(FULL_MASK, head)) {
+        at(PLACES + j * sizeof(uint32)) = place;
+        place = min(place + STEP, END + STEP - 4u);  // to its own end, or the last lane's if it is there
+        head = at(place);
       }
-      if (j == own) key = top, heads = winners;
     }
-    choice.key = key, choice.heads = heads;
-    int winner = __ffs(heads) - 1, at = 0;
+    // Keys that tie have all moved on at once.
+    uint32 steps = __reduce_add_sync(FULL_MASK, place - own_list);
+    odd = odd || steps != p.top_k * STEP || (KEYS > LIST && place >= END);
+    if (__any_sync(FULL_MASK, odd)) return false;
+    __syncwarp();
+    if (is_own) place = at(PLACES + own * sizeof(uint32)), choice.key = at(place);
+    int winner = place % STEP / sizeof(uint32), member = 0;
 #pragma unroll
     for (int i = KEYS - 1; i >= 0; --i)
-      if (__shfl_sync(FULL_MASK, keys[i], winner) == key) at = i;
-    if (is_own) choice.expert = winner * KEYS + at;
-    if (KEYS > LIST) odd = odd || (holds && list[0] == TAKEN);
-    return !__any_sync(FULL_MASK, odd);
+      if (__shfl_sync(FULL_MASK, keys[i], winner) == choice.key) member = i;
+    if (is_own) choice.expert = winner * KEYS + member;
+    __syncwarp();
+    return true;
   }
 
   // Whether the lane's choice makes its token odd; `is_first`: of the token.
   __device__ __forceinline__ static bool is_odd(const Choice& choice, bool is_first) {
     uint32 before = __shfl_up_sync(FULL_MASK, choice.key, 1);
     bool no_number = choice.key <= MINUS_INFINITY_KEY || choice.key - MINUS_ZERO_KEY <= 1u;
-    return no_number || (choice.heads & (choice.heads - 1)) != 0 || (!is_first && choice.key == before);
+    return no_number || (!is_first && choice.key == before);
   }
 
   // The choices of any token, through the warp's part of shared memory.
-  __device__ __forceinline__ void choose_oddly(int64 token, int first_lane, uint32* smem, Choice& choice) const {
+  __device__ __forceinline__ void choose_oddly(int64 token, int first_lane, Choice& choice) const {
     Token<KEYS> odd(p, smem);
+    __syncwarp();
 #pragma unroll 1
     for (int e = lane; e < p.num_experts; e += WARP) {
       float logit = logit_of(p, token, e);
@@ -266,7 +282,7 @@ template <int KEYS, bool WHOLE> struct Router {
 template <int KEYS, bool WHOLE, typename Visit>
 __device__ __forceinline__ void route_in_lanes(const RouterLaunch& p, const Lanes& lanes, int64 begin, int num_tokens,
                                                uint32* smem, Visit visit) {
-  Router<KEYS, WHOLE> router{p, lanes};
+  Router<KEYS, WHOLE> router{p, lanes, smem};
   int lane = threadIdx.x % WARP, of_a_batch = WARP / lanes.segment, j = lane % lanes.segment, own = lane / lanes.segment;
   const float* row = static_cast<const float*>(p.logits) + begin * p.row_stride;
 #pragma unroll 1
@@ -285,7 +301,7 @@ __device__ __forceinline__ void route_in_lanes(const RouterLaunch& p, const Lane
 #pragma unroll 1
     for (; odd != 0; odd &= odd - 1) {
       int t = __ffs(odd) - 1;
-      router.choose_oddly(begin + first + t, t * lanes.segment, smem, choice);
+      router.choose_oddly(begin + first + t, t * lanes.segment, choice);
     }
     ChoicesInLanes choices{0.0f, there, lanes.segment};
     if (there) choices.value = logit_of(p, begin + first + own, choice.expert);

@@ -185,10 +185,11 @@ def test_chosen_and_sorted_in_one_kernel(dtype, num_tokens, num_experts, num_ide
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("num_experts", [40, 300, 520])
-def test_more_slots_than_one_block_sorts(num_experts):
-    """Every block publishes its counts; lanes hold 8, 16 and 32 experts."""
-    logits = np.random.default_rng(num_experts).normal(0, 2, (521, num_experts)).astype(np.float32)
+def test_more_slots_than_one_block_sorts(num_experts, dtype):
+    """Every block publishes its counts; in registers where that is possible, else with 8, 16 and 32 experts a lane."""
+    logits = np.random.default_rng(num_experts).normal(0, 2, (521, num_experts)).astype(DTYPES[dtype])
     router = cumoe.Router(8, "sigmoid")
     ids, weights, groups, _ = run(np.zeros((521, 8), np.float32), None, router, logits=logits)
     assert_routing(logits, router, ids, weights)

@@ -36,7 +36,7 @@ def test_every_row_is_placed(num_slots, rows):
 
 # On a GPU, and on the CPU through tests/test_cuda_on_cpu.py.
 
-SIZES = [(4, 1), (16, 1), (16, 16), (64, 6), (100, 8), (128, 8), (160, 6), (256, 8), (256, 32), (384, 9), (512, 10), (512, 1)]
+SIZES = [(4, 1), (16, 1), (16, 16), (64, 6), (100, 8), (128, 8), (160, 6), (256, 8), (256, 32), (384, 9), (512, 10)]
 """(num_experts, top_k): lanes of 4, 8 and 16 experts, all of them or some; segments of 1 to 32 lanes."""
 
 
@@ -105,7 +105,8 @@ def routers(num_experts, top_k, seed):
         if rest or num_groups < 2 or top_groups > num_groups:
             continue
         groups = {"num_groups": num_groups, "top_groups": max(top_groups, num_groups // 2)}
-        plain.append(cumoe.Router(top_k, "sigmoid", selection_bias=bias, renormalize=True, renormalize_eps=1e-20, **groups))
+        options = {"selection_bias": bias, "renormalize": True, "renormalize_eps": 1e-20}
+        plain.append(cumoe.Router(top_k, "sigmoid", **options, **groups))
         plain.append(cumoe.Router(top_k, "sigmoid", group_score="max", **groups))
         plain.append(cumoe.Router(top_k, "softmax", "logits", **groups))
     return plain

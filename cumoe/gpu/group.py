@@ -18,8 +18,8 @@ ONE_BLOCK_SLOTS = 4096
 MAX_ROWS = 128
 """Of the matrix of counts: every block that places reads all of it."""
 MIN_PLACED, MAX_PLACED, PLACING_BLOCKS = 512, 2048, 64
-"""Slots of a block that places: from the first to the second there are PLACING_BLOCKS blocks, more only beyond, since they
-share the bandwidth of the L2 cache for the counts."""
+"""Slots of a block that places: from the first to the second there are PLACING_BLOCKS blocks, more only beyond, since
+they share the bandwidth of the L2 cache for the counts."""
 
 LAUNCH = Struct(
     pointer=(

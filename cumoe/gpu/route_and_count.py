@@ -17,8 +17,14 @@ MIN_TOKENS_PER_BLOCK = 8
 """Few tokens have fewer rows of counts rather than emptier blocks."""
 
 TAIL = Struct(
-    int32=("segment", "lanes_per_group", "by_sigmoids", "whole_softmax", "tokens_per_block", "tokens_per_warp")
+    int32=(
+        *("segment", "lanes_per_group", "by_sigmoids", "whole_softmax"),
+        *("tokens_per_block", "tokens_per_warp", "words_per_warp", "padding"),
+    )
 )
+
+LIST_WORDS = (4 + 2) * 32
+"""Shared memory of a warp for the lists of its lanes and the places of the choices in them."""
 
 
 class Split(NamedTuple):
@@ -69,9 +75,14 @@ def _groups_fit(router: Router, num_experts: int) -> bool:
     return rest == 0 and lanes & (lanes - 1) == 0 and router.dropped_groups == "minus_inf"
 
 
-def shared_bytes(how: Split, words_per_warp: int, num_experts: int) -> int:
-    """Return the shared memory of a block: a row of counts, and what each warp needs for odd tokens."""
-    return 4 * (group.row_words(num_experts) + how.warps * words_per_warp)
+def words_per_warp(router: Router, num_choices: int) -> int:
+    """Return the words of shared memory of a warp: its lists, or what route.cuh needs for an odd token."""
+    return max(LIST_WORDS, route.words_per_warp(router, num_choices))
+
+
+def shared_bytes(how: Split, router: Router, num_choices: int, num_experts: int) -> int:
+    """Return the shared memory of a block: a row of counts, and what its warps need."""
+    return 4 * (group.row_words(num_experts) + how.warps * words_per_warp(router, num_choices))
 
 
 def route_and_count(routed: Packed, grouping: Packed, router: Router, how: Split, num_choices: int, size: int) -> None:
@@ -96,6 +107,8 @@ def route_and_count(routed: Packed, grouping: Packed, router: Router, how: Split
         whole_softmax=int(router.scoring == "softmax" and router.select_by == "scores" and not exact_ratio),
         tokens_per_block=how.tokens_per_block,
         tokens_per_warp=how.tokens_per_warp,
+        words_per_warp=words_per_warp(router, num_choices),
+        padding=0,
     )
     name = f"route_and_count_{keys}" + ("_whole" if num_choices == 32 * keys else "")
     launch(name, how.blocks, how.warps * 32, joined((routed, grouping, tail)), size, overlap=True)

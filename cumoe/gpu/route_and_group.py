@@ -14,7 +14,7 @@ MANY_WARPS, FEW_WARPS = 32, 8
 """Of a block. The smaller one where a block sorts, and where shared memory is short."""
 
 MANY_SLOTS = 4096
-"""Above, two launches serve where kernels/route_and_count.cu can be the first of them; at most group.ONE_BLOCK_SLOTS."""
+"""Above, two launches serve where route_and_count.cu can be the first of them; at most group.ONE_BLOCK_SLOTS."""
 
 TAIL = Struct(pointer=("blocks_done",), int32=("tokens_per_block", "then"))
 
@@ -93,7 +93,7 @@ def route_and_group(
     many = how.then == PUBLISH or num_tokens * top_k > MANY_SLOTS
     if many and route_and_count.serves(logits, router, router_bias):
         lanes = route_and_count.split(num_tokens, route_and_count.keys_of_lane(num_choices))
-        size = route_and_count.shared_bytes(lanes, words, num_experts)
+        size = route_and_count.shared_bytes(lanes, router, num_choices, num_experts)
         if size <= max_bytes:
             grouping = group.pack(routing.topk_ids, num_experts, out, lanes.tokens_per_block * top_k, lanes.blocks)
             route_and_count.route_and_count(routed, grouping, router, lanes, num_choices, size)

@@ -122,6 +122,17 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned value, CUDA_ON_CPU_SIT
 inline unsigned __reduce_min_sync(unsigned mask, unsigned value, CUDA_ON_CPU_SITE) {
   return cuda_on_cpu::reduce("__reduce_min_sync", mask, value, cuda_on_cpu::Smaller(), {file, line});
 }
+inline unsigned __reduce_add_sync(unsigned mask, unsigned value, CUDA_ON_CPU_SITE) {
+  unsigned own = value;
+  cuda_on_cpu::collective("__reduce_add_sync", mask, &own, [](void* const* lanes) {
+    unsigned sum = 0;
+    for (int l = 0; l < 32; ++l)
+      if (auto lane = static_cast<unsigned*>(lanes[l])) sum += *lane;
+    for (int l = 0; l < 32; ++l)
+      if (auto lane = static_cast<unsigned*>(lanes[l])) *lane = sum;
+  }, {file, line});
+  return own;
+}
 
 // Threads run one at a time.
 inline int atomicAdd(int* address, int value) { int old = *address; *address += value; return old; }
