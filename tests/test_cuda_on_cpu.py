@@ -244,7 +244,7 @@ MUTANTS = {
     ),
     "ties_go_unseen": Mutant(
         "route_lanes.cuh", "odd = odd || steps != p.top_k * STEP ||", "odd = odd ||",
-        ("group", "route_and_group", "route_and_count"), "test_route_and_count.py", "odd_tokens and tied and 128",
+        ("group", "route_and_group", "route_and_count"), "test_route_and_count.py", "odd_tokens and twins and 128",
     ),
     "counts_published_too_early": Mutant(
         "group.cuh", "__syncthreads();  // the histogram is complete", "// the histogram is complete",

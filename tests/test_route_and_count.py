@@ -121,7 +121,7 @@ def test_the_same_bits_as_any_tokens(both, num_experts, top_k):
         assert_routing(logits, router, *both(logits, router))
 
 
-ODD = ["tied", "equal", "zeros", "nan", "negative_nan", "infinite", "one_lane", "subnormal"]
+ODD = ["tied", "twins", "neighbours", "equal", "zeros", "nan", "negative_nan", "infinite", "one_lane", "subnormal"]
 
 
 @pytest.mark.gpu
@@ -134,6 +134,8 @@ def test_odd_tokens_between_others(both, num_experts, top_k, odd):
     rows = logits[::3]
     if odd == "tied":
         rows[:] = rng.integers(-3, 4, rows.shape)
+    elif odd in ("twins", "neighbours"):  # of two lanes, of one
+        rows[:, 1] = rows[:, 2 if odd == "neighbours" else -1] = rows.max(axis=1) + 1
     elif odd == "equal":
         rows[:] = 0.25
     elif odd == "zeros":
