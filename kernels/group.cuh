@@ -201,9 +201,9 @@ template <int WARPS> struct Placing {
         __syncwarp();
       }
     }
+    int block = alone ? 0 : blockIdx.x, num_blocks = alone ? 1 : gridDim.x;  // alone, it may be any of the grid
 #pragma unroll 1
-    for (int i = blockIdx.x * THREADS + threadIdx.x; i < p.num_progress; i += (alone ? 1 : gridDim.x) * THREADS)
-      p.progress[i] = 0;
+    for (int i = block * THREADS + threadIdx.x; i < p.num_progress; i += num_blocks * THREADS) p.progress[i] = 0;
     __syncthreads();  // the histograms of all warps and the totals are complete
     find_rows(is_first);
     __syncthreads();  // every warp knows its first rows

@@ -87,10 +87,12 @@ def run(x, weight, router, *, bias=None, logits=None, num_experts=None, dtype=No
     num_experts = num_choices if num_experts is None else num_experts
     made = LayerRouter(on(GPU, router), on_gpu["weight"], on_gpu["bias"], dtype or x.dtype, num_choices)
     buffers = group.buffers(len(x), router.top_k, num_experts) | made.buffers(len(x), num_experts)
+    buffers["progress"] = (3001,), np.dtype(np.int32)
     out = {name: cupy.empty(*spec) for name, spec in buffers.items()}
     for array in out.values():
         array.fill(-77)
     routing, groups = made(on_gpu["x"], GPU.asarray(logits), None, num_experts, out)
+    assert not GPU.asnumpy(out["progress"]).any()
     parts = None if logits is not None else GPU.asnumpy(out["router_logits"])
     arrays = (GPU.asnumpy(routing.topk_ids), GPU.asnumpy(routing.topk_weights))
     return *arrays, cumoe.Groups(*map(GPU.asnumpy, groups)), parts

@@ -40,13 +40,14 @@ SIZES = [(4, 1), (16, 1), (16, 16), (64, 6), (100, 8), (128, 8), (160, 6), (256,
 """(num_experts, top_k): lanes of 4, 8 and 16 experts, all of them or some; segments of 1 to 32 lanes."""
 
 
-def buffers(num_tokens, top_k, num_experts, blocks=None):
+def buffers(num_tokens, top_k, num_experts):
     """Return poisoned arrays for one call."""
     import cupy
 
     wanted = group.buffers(num_tokens, top_k, num_experts)
     slots, row = (num_tokens, top_k), (route_and_group.max_rows(num_tokens), group.row_words(num_experts))
     wanted |= {"topk_ids": (slots, np.int32), "topk_weights": (slots, np.float32), "counts": (row, np.int32)}
+    wanted["progress"] = (3001,), np.int32
     made = {name: cupy.empty(*spec) for name, spec in wanted.items()}
     for array in made.values():
         array.fill(-77)
@@ -61,6 +62,7 @@ def run(logits, router, bias=None, num_experts=None, out=None):
     routing, groups = route_and_group.route_and_group(
         GPU.asarray(logits), on(GPU, router), GPU.asarray(bias), None, num_experts, out
     )
+    assert not GPU.asnumpy(out["progress"]).any()
     return GPU.asnumpy(routing.topk_ids), GPU.asnumpy(routing.topk_weights), cumoe.Groups(*map(GPU.asnumpy, groups))
 
 
