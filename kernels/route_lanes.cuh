@@ -6,9 +6,10 @@
 //   smem     a warp: the lists of its lanes, or for an odd token a Row of route.cuh
 //
 // From its keys a lane keeps the LIST best, in order. A choice is the largest head of all lists, and the lane that has it
-// moves on. Which expert has that key the lanes find out afterwards, each for its own choice. What that does not settle makes
-// a token odd, and route.cuh routes it: keys that tie, a zero (which may be -0), NaN, -inf, more choices of one lane than its
-// list is long. Of 256 random experts in 8 groups 2 % of the tokens are odd.
+// moves on. Which expert has that key the lanes find out afterwards, each for its own choice. Where that fails, because keys
+// of two lanes tie or because a list came to its end, which the choices of 2 % of random tokens do with 256 experts in 8
+// groups, the keys themselves are looked through. What remains is odd, and route.cuh routes it: keys of a lane or groups that
+// tie, a zero (which may be -0), NaN, -inf.
 //
 // An SM has half as many integer units as issue slots, so it is compares, selects and shifts that count: lists in shared
 // memory move on by one load, where registers took four selects.
@@ -107,11 +108,11 @@ __device__ __forceinline__ float logit_of(const RouterLaunch& p, int64 token, in
 // WHOLE: there are 32 KEYS experts, not fewer.
 template <int KEYS, bool WHOLE> struct Router {
   static constexpr int VECTORS = KEYS / VECTOR, PARTS_AHEAD = 16 / KEYS;
-  static constexpr uint32 STEP = WARP * sizeof(uint32), END = LIST * STEP, PLACES = END + STEP;  // bytes
+  static constexpr uint32 STEP = WARP * sizeof(uint32), PLACES = (KEYS > LIST ? KEYS : LIST + 1) * STEP;  // bytes
 
   const RouterLaunch& p;
   const Lanes& lanes;
-  uint32* smem;  // (LIST + 1, 32) lists of the lanes, each with an end; (32) where the choices stand in them
+  uint32* smem;  // lists of the lanes, each with an end, or their keys; from PLACES on where the choices stand in them
   int lane = threadIdx.x % WARP;
   uint32 own_list = lane * sizeof(uint32);
 
@@ -177,9 +178,8 @@ template <int KEYS, bool WHOLE> struct Router {
     return softmax;
   }
 
-  // Empties the lists of all groups but the top_groups best; false if groups tie.
-  __device__ __forceinline__ bool drop_groups(uint32 (&list)[LIST]) const {
-    uint32 first = list[0], second = list[1];
+  // Whether the lane's group is one of the top_groups best, by the two best keys of the lane; `odd` if groups tie.
+  __device__ __forceinline__ bool is_kept(uint32 first, uint32 second, bool& odd) const {
 #pragma unroll 1
     for (int step = 1; step < lanes.per_group; step *= 2) {
       uint32 other_first = __shfl_xor_sync(FULL_MASK, first, step), other_second = __shfl_xor_sync(FULL_MASK, second, step);
@@ -193,10 +193,55 @@ template <int KEYS, bool WHOLE> struct Router {
     for (int g = 0; g < p.top_groups; ++g)
       if (left == __reduce_max_sync(FULL_MASK, left)) left = TAKEN;
     bool kept = exists(0) && left == TAKEN;
+    uint32 lanes_kept = __ballot_sync(FULL_MASK, kept);
+    odd = odd || __popc(lanes_kept) != p.top_groups * lanes.per_group;
+    return kept;
+  }
+
+  // Takes the best top_k keys of all lists and notes where they stand; false if keys of several lanes tie, if a list that is
+  // not all that the lane has came to its end, or if the token is odd.
+  __device__ __forceinline__ bool take(const uint32 (&list)[LIST], bool kept, bool odd) const {
+    constexpr uint32 END = LIST * STEP;
 #pragma unroll
-    for (int i = 0; i < LIST; ++i)
-      if (!kept) list[i] = TAKEN;
-    return __popc(__ballot_sync(FULL_MASK, kept)) == p.top_groups * lanes.per_group;
+    for (int i = 0; i < LIST; ++i) at(own_list + i * STEP) = kept ? list[i] : TAKEN;
+    at(own_list + END) = TAKEN;
+    uint32 place = own_list, head = kept ? list[0] : TAKEN;
+#pragma unroll 4
+    for (int j = 0; j < p.top_k; ++j) {
+      if (head == __reduce_max_sync(FULL_MASK, head)) {
+        at(PLACES + j * sizeof(uint32)) = place;
+        place = min(place + STEP, END + STEP - 4u);  // to its own end, or the last lane's if it is there
+        head = at(place);
+      }
+    }
+    // Keys that tie have all moved on at once.
+    uint32 steps = __reduce_add_sync(FULL_MASK, place - own_list);
+    return !__any_sync(FULL_MASK, odd || steps != p.top_k * STEP || (KEYS > LIST && place >= END));
+  }
+
+  // The same from all keys, which a lane looks through for every choice; the lowest expert among equals, and experts in place
+  // of places. False if a choice is no number or a zero.
+  __device__ __forceinline__ bool take_from_all(const uint32 (&keys)[KEYS], bool kept) const {
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < KEYS; ++i) at(own_list + i * STEP) = kept ? keys[i] : TAKEN;
+    bool odd = false;
+#pragma unroll 1
+    for (int j = 0; j < p.top_k; ++j) {
+      uint32 head = TAKEN;
+      int member = 0;
+#pragma unroll 1
+      for (int i = 0; i < KEYS; ++i) {
+        uint32 key = at(own_list + i * STEP);
+        if (key > head) head = key, member = i;
+      }
+      uint32 heads = __ballot_sync(FULL_MASK, head == __reduce_max_sync(FULL_MASK, head));
+      if (lane != __ffs(heads) - 1) continue;
+      odd = odd || is_no_number(head);
+      at(own_list + member * STEP) = TAKEN;
+      at(PLACES + j * sizeof(uint32)) = lane * KEYS + member;
+    }
+    return !__any_sync(FULL_MASK, odd);
   }
 
   // The choices of the token whose logits begin at `row`, into lanes first_lane, first_lane + 1 ...; false if it is odd, but
@@ -222,26 +267,16 @@ template <int KEYS, bool WHOLE> struct Router {
 #pragma unroll
     for (int i = 0; i < KEYS; ++i) keys[i] = exists(i) ? key_of_number(values[i]) : TAKEN;
     sort_best(keys, list);
-    bool odd = list[0] > INFINITY_KEY;
-    if (p.num_groups > 1) odd = !drop_groups(list) || odd;
-#pragma unroll
-    for (int i = 0; i < LIST; ++i) at(own_list + i * STEP) = list[i];
-    at(own_list + END) = TAKEN;
-
-    uint32 place = own_list, head = list[0];
-#pragma unroll 4
-    for (int j = 0; j < p.top_k; ++j) {
-      if (head == __reduce_max_sync(FULL_MASK, head)) {
-        at(PLACES + j * sizeof(uint32)) = place;
-        place = min(place + STEP, END + STEP - 4u);  // to its own end, or the last lane's if it is there
-        head = at(place);
-      }
+    bool odd = list[0] > INFINITY_KEY, kept = p.num_groups == 1 || is_kept(list[0], list[1], odd);
+    if (!take(list, kept, odd)) {
+      if (__any_sync(FULL_MASK, odd) || !take_from_all(keys, kept)) return false;
+      __syncwarp();
+      if (is_own) choice.expert = at(PLACES + own * sizeof(uint32)), choice.key = INFINITY_KEY - own;  // unlike others
+      __syncwarp();
+      return true;
     }
-    // Keys that tie have all moved on at once.
-    uint32 steps = __reduce_add_sync(FULL_MASK, place - own_list);
-    odd = odd || steps != p.top_k * STEP || (KEYS > LIST && place >= END);
-    if (__any_sync(FULL_MASK, odd)) return false;
     __syncwarp();
+    uint32 place = own_list;
     if (is_own) place = at(PLACES + own * sizeof(uint32)), choice.key = at(place);
     int winner = place % STEP / sizeof(uint32), member = 0;
 #pragma unroll
@@ -252,11 +287,15 @@ template <int KEYS, bool WHOLE> struct Router {
     return true;
   }
 
+  // NaN, -inf, or a zero that may be another's equal.
+  __device__ __forceinline__ static bool is_no_number(uint32 key) {
+    return key <= MINUS_INFINITY_KEY || key - MINUS_ZERO_KEY <= 1u;
+  }
+
   // Whether the lane's choice makes its token odd; `is_first`: of the token.
   __device__ __forceinline__ static bool is_odd(const Choice& choice, bool is_first) {
     uint32 before = __shfl_up_sync(FULL_MASK, choice.key, 1);
-    bool no_number = choice.key <= MINUS_INFINITY_KEY || choice.key - MINUS_ZERO_KEY <= 1u;
-    return no_number || (!is_first && choice.key == before);
+    return is_no_number(choice.key) || (!is_first && choice.key == before);
   }
 
   // The choices of any token, through the warp's part of shared memory.

@@ -243,7 +243,7 @@ MUTANTS = {
         ("group",), "test_group.py", "many_slots and 5000",
     ),
     "ties_go_unseen": Mutant(
-        "route_lanes.cuh", "odd = odd || steps != p.top_k * STEP ||", "odd = odd ||",
+        "route_lanes.cuh", "odd || steps != p.top_k * STEP ||", "odd ||",
         ("group", "route_and_group", "route_and_count"), "test_route_and_count.py", "odd_tokens and twins and 128",
     ),
     "counts_published_too_early": Mutant(

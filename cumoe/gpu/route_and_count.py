@@ -13,6 +13,7 @@ from cumoe.gpu.structs import Packed, Struct, joined
 MAX_WARPS = {4: 32, 8: 32, 16: 24}
 """Of a block, by the experts of a lane, for which kernels are compiled: 16 of them leave registers for no more."""
 VECTOR_BYTES = 16
+LIST = 4  # keys that a lane keeps in order, as in kernels/route_lanes.cuh
 MIN_TOKENS_PER_BLOCK = 8
 """Few tokens have fewer rows of counts rather than emptier blocks."""
 
@@ -22,9 +23,6 @@ TAIL = Struct(
         *("tokens_per_block", "tokens_per_warp", "words_per_warp", "padding"),
     )
 )
-
-LIST_WORDS = (4 + 2) * 32
-"""Shared memory of a warp for the lists of its lanes and the places of the choices in them."""
 
 
 class Split(NamedTuple):
@@ -77,7 +75,10 @@ def _groups_fit(router: Router, num_experts: int) -> bool:
 
 def words_per_warp(router: Router, num_choices: int) -> int:
     """Return the words of shared memory of a warp: its lists, or what route.cuh needs for an odd token."""
-    return max(LIST_WORDS, route.words_per_warp(router, num_choices))
+    list_words = 32 * (
+        max(keys_of_lane(num_choices), LIST + 1) + 1
+    )  # keys or lists with an end, and the choices' places
+    return max(list_words, route.words_per_warp(router, num_choices))
 
 
 def shared_bytes(how: Split, router: Router, num_choices: int, num_experts: int) -> int:
