@@ -4,23 +4,25 @@
 //   inverse_permutation[s]  sorted row of slot s, or -1 for a slot without an expert (an id outside [0, num_experts))
 //   expert_offsets[e]       first sorted row of expert e; [num_experts] = number of slots that have one
 //
-//   block    WARPS warps; a block owns a run of slots_per_block slots and each warp a contiguous part of it, which it walks
-//            32 slots at a time
-//   smem     (WARPS + 2) x (num_experts + 1) counters: one histogram a warp, the block's first rows, and the rows of earlier
-//            blocks; with 1024 experts 136 KiB for 32 warps, 40 KiB for 8
+//   counts   a row for each run of slots_per_row slots: how many of them have a bin. A block places the slots of
+//            rows_per_block of them; a block that places all needs none
+//   block    WARPS warps, each with a contiguous part of the block's slots, which it walks 32 at a time
+//   smem     counting: a histogram. Placing: a histogram a warp, the slots of all blocks by bin, and those of earlier blocks
 //
-// One block needs no matrix of counts: it is its only column. All positions follow from integer counts in slot order; no
-// atomic decides about one, so the order is stable and the same on every run.
+// All positions follow from integer counts in slot order; no atomic decides about one, so the order is stable and the same
+// on every run.
 //
 //   barrier       means
-//   after count   the histograms of all warps are complete
+//   after zeros   the histograms are empty
+//   after count   the histograms of all warps are complete, and so are the totals
 //   after scan    every warp's histogram holds the row of its first slot of each expert
 #pragma once
 #include "scan.cuh"
 
 namespace group {
 
-constexpr int AHEAD = 4;  // ids that a lane has asked for before it looks at the first
+constexpr int AHEAD = 4;   // ids that a lane has asked for before it looks at the first
+constexpr int VECTOR = 4;  // counts that a thread reads at a time
 
 struct GroupLaunch {
   const int* topk_ids;       // (num_slots)
@@ -28,103 +30,111 @@ struct GroupLaunch {
   int* inverse_permutation;  // (num_slots)
   int* expert_offsets;       // (num_experts + 1)
   int* tokens_per_expert;    // (num_experts)
-  int* counts;               // (num_blocks, num_experts + 1), unused with one block
+  int* counts;               // (num_rows, row_vectors() * VECTOR), 16-byte aligned; unused where one block places all
   int* progress;             // (num_progress) set to zero for the grouped GEMM that follows
-  int num_slots, num_experts, slots_per_block, num_progress;
+  int num_slots, num_experts, slots_per_row, num_progress;
+  int num_rows, rows_per_block;
 };
-static_assert(sizeof(GroupLaunch) == 72, "cumoe/gpu/group.py packs 72 bytes");
+static_assert(sizeof(GroupLaunch) == 80, "cumoe/gpu/group.py packs 80 bytes");
+
+__device__ __forceinline__ int num_bins(const GroupLaunch& p) { return p.num_experts + 1; }
+__device__ __forceinline__ int row_vectors(const GroupLaunch& p) { return ceil_div(num_bins(p), VECTOR); }
 
 // The bin of a slot: its expert, or one past the last for a slot without an expert.
-__device__ __forceinline__ int bin_of(const GroupLaunch& p, int slot) {
-  int expert = p.topk_ids[slot];
+__device__ __forceinline__ int bin_of(const GroupLaunch& p, int expert) {
   return expert >= 0 && expert < p.num_experts ? expert : p.num_experts;
 }
 
-struct Part { int block, num_blocks; };  // of the slots: this block's, of how many
-struct Run { int begin, end; };          // slots of this warp
+struct Run { int begin, end; };  // of slots
 
-template <int WARPS> __device__ __forceinline__ Run run_of_warp(const GroupLaunch& p, Part part) {
-  int64 warp_slots = ceil_div(p.slots_per_block, WARPS), last = ((int64)part.block + 1) * p.slots_per_block;
-  int64 begin = (int64)part.block * p.slots_per_block + threadIdx.x / WARP * warp_slots, end = begin + warp_slots;
-  if (last > p.num_slots) last = p.num_slots;
-  return {(int)(begin < last ? begin : last), (int)(end < last ? end : last)};
+// The slots of `num_rows` rows from `row` on.
+__device__ __forceinline__ Run run_of_rows(const GroupLaunch& p, int row, int num_rows) {
+  int64 begin = (int64)row * p.slots_per_row, end = begin + (int64)num_rows * p.slots_per_row;
+  return {(int)(begin < p.num_slots ? begin : p.num_slots), (int)(end < p.num_slots ? end : p.num_slots)};
 }
 
-// Walks the warp's slots in order, 32 at a time: visit(valid, slot, bin, rank among the equals of these 32, number of
-// equals) is called by all lanes together, and what it writes to shared memory is seen by the next 32.
-template <int WARPS, typename Visit> __device__ __forceinline__ void walk(const GroupLaunch& p, Part part, Visit visit) {
-  int lane = threadIdx.x % WARP;
-  Run run = run_of_warp<WARPS>(p, part);
-  int num_slots = run.end - run.begin;
-  for (int first = 0; first < num_slots; first += AHEAD * WARP) {
-    int bins[AHEAD];
+template <int WARPS> __device__ __forceinline__ Run run_of_warp(Run block) {
+  int slots = ceil_div(block.end - block.begin, WARPS), warp = threadIdx.x / WARP;
+  int64 begin = block.begin + (int64)warp * slots, end = begin + slots;
+  return {(int)(begin < block.end ? begin : block.end), (int)(end < block.end ? end : block.end)};
+}
+
+// AHEAD x 32 neighbouring slots of a warp.
+struct Batch {
+  int bins[AHEAD];       // of the lane's slots; -1 past the end
+  uint32 equals[AHEAD];  // lanes with the same bin
+
+  // From the slot `first` of the run on.
+  __device__ __forceinline__ void read(const GroupLaunch& p, Run run, int first) {
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) {
-      int offset = first + i * WARP + lane;
-      bins[i] = offset < num_slots ? bin_of(p, run.begin + offset) : -1;
-    }
-#pragma unroll
-    for (int i = 0; i < AHEAD; ++i) {
-      uint32 equals = __match_any_sync(FULL_MASK, bins[i]);
-      int rank = __popc(equals & ((1u << lane) - 1));
-      visit(bins[i] >= 0, run.begin + first + i * WARP + lane, bins[i], rank, __popc(equals));
-      __syncwarp();
+      int offset = first + i * WARP + threadIdx.x % WARP;
+      bins[i] = offset < run.end - run.begin ? bin_of(p, p.topk_ids[run.begin + offset]) : -1;
     }
   }
+  __device__ __forceinline__ void match() {
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) equals[i] = __match_any_sync(FULL_MASK, bins[i]);
+  }
+  // Of the lane among its equals.
+  __device__ __forceinline__ int rank(int i) const { return __popc(equals[i] & ((1u << threadIdx.x % WARP) - 1)); }
+};
+
+// histogram[bin] <- 0, for all bins that a row of counts has; the whole block, which meets at a barrier then.
+__device__ __forceinline__ void clear(const GroupLaunch& p, int* histogram) {
+  for (int bin = threadIdx.x; bin < row_vectors(p) * VECTOR; bin += blockDim.x) histogram[bin] = 0;
+  __syncthreads();  // the histogram is empty
+}
+__device__ __forceinline__ void count(const GroupLaunch& p, int* histogram, int expert) {
+  atomicAdd(&histogram[bin_of(p, expert)], 1);
+}
+// The histogram of a row of counts, which is complete after a barrier; the whole block.
+__device__ __forceinline__ void publish(const GroupLaunch& p, int row, const int* histogram) {
+  int length = row_vectors(p) * VECTOR;
+  __syncthreads();  // the histogram is complete
+  for (int bin = threadIdx.x; bin < length; bin += blockDim.x) p.counts[(int64)row * length + bin] = histogram[bin];
 }
 
-// (WARPS, num_bins) histograms of the warps' runs.
-template <int WARPS> __device__ __forceinline__ void count(const GroupLaunch& p, Part part, int* histograms) {
-  int num_bins = p.num_experts + 1;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < WARPS * num_bins; i += WARPS * WARP) histograms[i] = 0;
-  __syncthreads();
-  int* histogram = histograms + threadIdx.x / WARP * num_bins;
-  walk<WARPS>(p, part, [&](bool valid, int, int bin, int rank, int equals) {
-    if (valid && rank == 0) histogram[bin] += equals;
-  });
-  __syncthreads();
+// Counts the slots of a row from their ids.
+template <int WARPS> __device__ __forceinline__ void count_row(const GroupLaunch& p, int row, int* histogram) {
+  Run run = run_of_rows(p, row, 1);
+  clear(p, histogram);
+#pragma unroll 4
+  for (int64 slot = run.begin + (int64)threadIdx.x; slot < run.end; slot += WARPS * WARP)
+    count(p, histogram, p.topk_ids[slot]);
+  publish(p, row, histogram);
 }
 
-template <int WARPS> __device__ __forceinline__ int block_total(const int* histograms, int num_bins, int bin) {
-  int total = 0;
-#pragma unroll 8
-  for (int warp = 0; warp < WARPS; ++warp) total += histograms[warp * num_bins + bin];
-  return total;
-}
+// How many slots of all rows have a bin, and of the rows before the first of this block: four arrays, one for each place in a
+// vector, so that the lanes of a warp add in different banks.
+struct Totals {
+  int* words;
+  int vectors;
+  __device__ __forceinline__ int& all(int bin) const { return words[bin % VECTOR * vectors + bin / VECTOR]; }
+  __device__ __forceinline__ int& earlier(int bin) const { return words[(VECTOR + bin % VECTOR) * vectors + bin / VECTOR]; }
+};
 
-// This block's row of the matrix of counts.
-template <int WARPS> __device__ __forceinline__ void publish(const GroupLaunch& p, Part part, const int* histograms) {
-  int num_bins = p.num_experts + 1;
-  for (int bin = threadIdx.x; bin < num_bins; bin += WARPS * WARP)
-    p.counts[(int64)part.block * num_bins + bin] = block_total<WARPS>(histograms, num_bins, bin);
-}
-
-// totals[bin] and earlier[bin] <- how many slots of all blocks and of those before this one have the bin. Integers may be
-// added in any order; several threads share a bin where there are fewer bins than threads.
-template <int WARPS>
-__device__ __forceinline__ void add_up(const GroupLaunch& p, Part part, const int* histograms, int* totals, int* earlier) {
+// Adds up the counts, which may come in any order; several threads share a vector of bins.
+template <int WARPS> __device__ __forceinline__ void add_up(const GroupLaunch& p, int first_row, Totals totals) {
   constexpr int THREADS = WARPS * WARP;
-  int num_bins = p.num_experts + 1;
-  for (int bin = threadIdx.x; bin < num_bins; bin += THREADS) {
-    totals[bin] = part.num_blocks == 1 ? block_total<WARPS>(histograms, num_bins, bin) : 0;
-    earlier[bin] = 0;
-  }
-  __syncthreads();  // begun with the only block, or with nothing
-  if (part.num_blocks == 1) return;
-  int sharers = max(1, THREADS / num_bins), own = (int)threadIdx.x / num_bins;
-  for (int bin = threadIdx.x % num_bins; own < sharers && bin < num_bins; bin += THREADS) {
-    int total = 0, before = 0;
+  int vectors = totals.vectors, sharers = max(1, THREADS / vectors), own = (int)threadIdx.x / vectors;
+  if (own >= sharers) return;
+  for (int vector = threadIdx.x % vectors; vector < vectors; vector += THREADS) {
+    const int4* column = reinterpret_cast<const int4*>(p.counts) + vector;
+    int4 all{0, 0, 0, 0}, earlier{0, 0, 0, 0};
 #pragma unroll 8
-    for (int block = own; block < part.num_blocks; block += sharers) {
-      int count = p.counts[(int64)block * num_bins + bin];
-      total += count;
-      if (block < part.block) before += count;
+    for (int row = own; row < p.num_rows; row += sharers) {
+      int4 here = column[(int64)row * vectors];
+      all.x += here.x, all.y += here.y, all.z += here.z, all.w += here.w;
+      if (row < first_row) earlier.x += here.x, earlier.y += here.y, earlier.z += here.z, earlier.w += here.w;
     }
-    atomicAdd(&totals[bin], total);
-    atomicAdd(&earlier[bin], before);
+    int* at = totals.words + vector;
+    atomicAdd(at, all.x), atomicAdd(at + vectors, all.y), atomicAdd(at + 2 * vectors, all.z), atomicAdd(at + 3 * vectors, all.w);
+    at += VECTOR * vectors;
+    if (own >= first_row) continue;  // all zeros
+    atomicAdd(at, earlier.x), atomicAdd(at + vectors, earlier.y);
+    atomicAdd(at + 2 * vectors, earlier.z), atomicAdd(at + 3 * vectors, earlier.w);
   }
-  __syncthreads();  // all counts are in
 }
 
 constexpr int FEW_WARPS = 8, MAX_RANKED = 64;
@@ -133,7 +143,7 @@ constexpr int FEW_WARPS = 8, MAX_RANKED = 64;
 template <int WARPS> __device__ __forceinline__ void rank_all(const GroupLaunch& p, int* bins) {
   constexpr int THREADS = WARPS * WARP;
   int slot = threadIdx.x;
-  if (slot < p.num_slots) bins[slot] = bin_of(p, slot);
+  if (slot < p.num_slots) bins[slot] = bin_of(p, p.topk_ids[slot]);
 #pragma unroll 1
   for (int i = threadIdx.x; i < p.num_progress; i += THREADS) p.progress[i] = 0;
   __syncthreads();  // the bins are there
@@ -154,49 +164,112 @@ template <int WARPS> __device__ __forceinline__ void rank_all(const GroupLaunch&
   }
 }
 
-// Counts and places the slots of this part. The first block also writes what describes all slots.
-template <int WARPS> __device__ __forceinline__ void place(const GroupLaunch& p, Part part, int* histograms) {
-  constexpr int THREADS = WARPS * WARP;
-  int num_bins = p.num_experts + 1, *first_rows = histograms + WARPS * num_bins, *earlier_rows = first_rows + num_bins;
-  if (WARPS == FEW_WARPS && p.num_slots <= MAX_RANKED) {
+// A block that places, alone or with others.
+template <int WARPS> struct Placing {
+  static constexpr int THREADS = WARPS * WARP;
+
+  const GroupLaunch& p;
+  int* histograms;  // (WARPS, num_bins)
+  int first_row;    // of the block's rows of counts
+  bool alone;       // this block places all slots
+
+  __device__ __forceinline__ Totals totals() const { return {histograms + WARPS * num_bins(p), row_vectors(p)}; }
+
+  // Before anything is read.
+  __device__ __forceinline__ void prepare() const {
+    int words = WARPS * num_bins(p) + (alone ? 0 : 2 * VECTOR * row_vectors(p));
+#pragma unroll 1
+    for (int i = threadIdx.x; i < words; i += THREADS) histograms[i] = 0;
+    __syncthreads();  // the histograms are empty
+  }
+
+  __device__ __forceinline__ void run() const {
+    int* own = histograms + threadIdx.x / WARP * num_bins(p);
+    Run run = run_of_warp<WARPS>(alone ? Run{0, p.num_slots} : run_of_rows(p, first_row, p.rows_per_block));
+    int num_slots = run.end - run.begin;
+    bool is_first = alone || first_row == 0;
+    Batch batch;
+    batch.read(p, run, 0);
+    if (!alone) add_up<WARPS>(p, first_row, totals());
+#pragma unroll 1
+    for (int first = 0; first < num_slots; first += AHEAD * WARP) {
+      if (first > 0) batch.read(p, run, first);
+      batch.match();
+#pragma unroll
+      for (int i = 0; i < AHEAD; ++i) {
+        if (batch.bins[i] >= 0 && batch.rank(i) == 0) own[batch.bins[i]] += __popc(batch.equals[i]);
+        __syncwarp();
+      }
+    }
+    int block = alone ? 0 : blockIdx.x, num_blocks = alone ? 1 : gridDim.x;  // alone, it may be any of the grid
+#pragma unroll 1
+    for (int i = block * THREADS + threadIdx.x; i < p.num_progress; i += num_blocks * THREADS) p.progress[i] = 0;
+    __syncthreads();  // the histograms of all warps and the totals are complete
+    find_rows(is_first);
+    __syncthreads();  // every warp knows its first rows
+    bool again = num_slots > AHEAD * WARP;
+#pragma unroll 1
+    for (int first = 0; first < num_slots; first += AHEAD * WARP) {
+      if (again) batch.read(p, run, first), batch.match();
+#pragma unroll
+      for (int i = 0; i < AHEAD; ++i) {
+        int bin = batch.bins[i], rank = batch.rank(i), row = bin >= 0 ? own[bin] + rank : 0;
+        __syncwarp();  // every equal has read the row before the first of them moves it
+        if (bin >= 0) {
+          if (rank == 0) own[bin] += __popc(batch.equals[i]);
+          int slot = run.begin + first + i * WARP + (int)threadIdx.x % WARP;
+          p.permutation[row] = slot;
+          p.inverse_permutation[slot] = bin < p.num_experts ? row : -1;
+        }
+        __syncwarp();
+      }
+    }
+  }
+
+  // Turns each warp's count into the row of its first slot: rows of smaller bins, of earlier blocks, of earlier warps. A
+  // thread has a run of bins.
+  __device__ __forceinline__ void find_rows(bool is_first) const {
+    int bins = num_bins(p), own = ceil_div(bins, THREADS), begin = min((int)threadIdx.x * own, bins), end = min(begin + own, bins);
+    int sum = 0;
+    for (int bin = begin; bin < end; ++bin) sum += total_of(bin);
+    int offset = sum_of_earlier_threads<THREADS>(sum);
+    for (int bin = begin; bin < end; ++bin) {
+      int total = total_of(bin), row = offset + (alone ? 0 : totals().earlier(bin));
+      if (is_first) {
+        p.expert_offsets[bin] = offset;
+        if (bin < p.num_experts) p.tokens_per_expert[bin] = total;
+      }
+      offset += total;
+      int counts[8];  // read ahead: a store would hold up the next load
+#pragma unroll 1
+      for (int first = 0; first < WARPS; first += 8) {
+        int* at = histograms + first * bins + bin;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) counts[i] = at[i * bins];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) at[i * bins] = row, row += counts[i];
+      }
+    }
+  }
+
+  __device__ __forceinline__ int total_of(int bin) const {
+    if (!alone) return totals().all(bin);
+    int total = 0;
+#pragma unroll
+    for (int warp = 0; warp < WARPS; ++warp) total += histograms[warp * num_bins(p) + bin];
+    return total;
+  }
+};
+
+// Places all slots by one block.
+template <int WARPS> __device__ __forceinline__ void place_all(const GroupLaunch& p, int* histograms) {
+  if (p.num_slots <= MAX_RANKED) {
     rank_all<WARPS>(p, histograms);
     return;
   }
-  count<WARPS>(p, part, histograms);
-  add_up<WARPS>(p, part, histograms, first_rows, earlier_rows);
-  if (part.block == 0)
-#pragma unroll 1
-    for (int e = threadIdx.x; e < p.num_experts; e += THREADS) p.tokens_per_expert[e] = first_rows[e];
-#pragma unroll 1
-  for (int i = part.block * THREADS + threadIdx.x; i < p.num_progress; i += part.num_blocks * THREADS) p.progress[i] = 0;
-  __syncthreads();  // the totals are read before the scan overwrites them
-  exclusive_scan<THREADS>(first_rows, num_bins);
-  if (part.block == 0)
-#pragma unroll 1
-    for (int bin = threadIdx.x; bin < num_bins; bin += THREADS) p.expert_offsets[bin] = first_rows[bin];
-  // Turn each warp's count into the row of its first slot: rows of earlier blocks, then of earlier warps.
-#pragma unroll 1
-  for (int bin = threadIdx.x; bin < num_bins; bin += THREADS) {
-    int row = first_rows[bin] + earlier_rows[bin], counts[8];  // read ahead: a store would hold up the next load
-#pragma unroll 1
-    for (int first = 0; first < WARPS; first += 8) {
-      int* at = histograms + first * num_bins + bin;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) counts[i] = at[i * num_bins];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) at[i * num_bins] = row, row += counts[i];
-    }
-  }
-  __syncthreads();  // every warp knows its first rows
-  int* next_row = histograms + threadIdx.x / WARP * num_bins;
-  walk<WARPS>(p, part, [&](bool valid, int slot, int bin, int rank, int equals) {
-    int row = valid ? next_row[bin] + rank : 0;
-    __syncwarp();  // every equal has read the row before the first of them moves it
-    if (!valid) return;
-    if (rank == 0) next_row[bin] += equals;
-    p.permutation[row] = slot;
-    p.inverse_permutation[slot] = bin < p.num_experts ? row : -1;
-  });
+  Placing<WARPS> placing{p, histograms, 0, true};
+  placing.prepare();
+  placing.run();
 }
 
 }  // namespace group

@@ -17,68 +17,9 @@
 //   __syncthreads     the logits of the block's tokens are in shared memory, or no longer needed there
 //   __syncwarp        a warp shares its token with no other
 #pragma once
-#include "types.cuh"
+#include "router.cuh"
 
 namespace route {
-
-enum Scoring { SOFTMAX = 0, SIGMOID = 1, SQRT_SOFTPLUS = 2, SPARSE_MIXER = 3 };
-enum SelectBy { SCORES = 0, LOGITS = 1 };
-enum GroupScore { GROUP_MAX = 0, GROUP_SUM_TOP2 = 1 };
-enum EpsilonMode { EPSILON_ADD = 0, EPSILON_CLAMP = 1 };
-enum LogitsType { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
-
-struct RouterLaunch {
-  const void* logits;           // (num_parts, num_tokens, num_experts), to be added part by part
-  const float* router_bias;     // (num_experts), added last, or null
-  const float* selection_bias;  // (num_experts) or null
-  const float* expert_scale;    // (num_experts) or null
-  const int* expert_table;      // (vocab_size, top_k) or null
-  const int* input_ids;         // (num_tokens), with a table
-  int* topk_ids;                // (num_tokens, top_k)
-  float* topk_weights;          // (num_tokens, top_k)
-  int64 part_stride, row_stride, col_stride;
-  int num_parts, num_tokens, num_experts, top_k;
-  int scoring, select_by;
-  int num_groups, top_groups, group_score;
-  int renormalize;              // 0: no; 1 or 2: the order of the norm
-  int epsilon_mode;
-  float dropped_value;          // what experts of dropped groups are ranked with: -inf or 0
-  float epsilon, scale, softcap;
-  float mixer_eps;              // of SPARSE_MIXER
-  int vocab_size;
-  int words_per_warp;           // of shared memory
-  int logits_type, padding;
-};
-static_assert(sizeof(RouterLaunch) == 168, "cumoe/gpu/route.py packs 168 bytes");
-
-constexpr uint32 TAKEN = 0, NAN_KEY = 1;
-
-__device__ __forceinline__ uint32 key_of(float score) {
-  if (score != score) return NAN_KEY;
-  uint32 bits = __float_as_uint(score);
-  if (bits == 0x80000000u) bits = 0;  // -0 ties with +0
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-__device__ __forceinline__ float score_of(uint32 key) {
-  if (key == NAN_KEY) return __uint_as_float(0x7fc00000u);
-  return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
-}
-
-// Whether experts are ranked by something else than their logits.
-__device__ __forceinline__ bool ranks_apart(const RouterLaunch& p) { return p.selection_bias || p.num_groups > 1; }
-
-// The key of an expert whose score, or logit, is `value`.
-__device__ __forceinline__ uint32 ranked(const RouterLaunch& p, int expert, float value) {
-  return key_of(p.selection_bias ? value + p.selection_bias[expert] : value);
-}
-
-// The score of a logit that needs no others.
-__device__ __forceinline__ float score_alone(const RouterLaunch& p, float logit) {
-  if (p.scoring == SIGMOID) return __fdividef(1.0f, 1.0f + expf(-logit));
-  // Beyond 20 softplus is l or e^l up to e^-20 = 2e-9; below, the root is taken of e^l itself, which may underflow.
-  if (logit < -20.0f) return expf(0.5f * logit);
-  return sqrtf(logit > 20.0f ? logit : log1pf(expf(logit)));
-}
 
 // A token's part of shared memory.
 struct Row {
@@ -128,43 +69,49 @@ template <int WARPS> __device__ __forceinline__ void finish(const RouterLaunch& 
     if (p.router_bias) value += p.router_bias[e];
     if (p.softcap > 0.0f) value = p.softcap * tanhf(value / p.softcap);
     row.logits[e] = value;
-    if (scores) row.keys[e] = ranked(p, e, p.select_by == LOGITS ? value : score_alone(p, value));
+    if (scores) row.keys[e] = ranked(p, e, ranking_score(p, value));
   });
 }
+
+// The choices of a token in shared memory; a lane has every 32nd.
+struct ChoicesInShared {
+  float* chosen;
+  int count;
+  template <typename Visit> __device__ __forceinline__ void each(Visit visit) const {
+#pragma unroll 1
+    for (int j = threadIdx.x % WARP; j < count; j += WARP) visit(chosen[j]);
+  }
+  __device__ __forceinline__ static float sum(float value) { return warp_sum(value); }
+  __device__ __forceinline__ static float largest(float value) { return warp_max(value); }
+};
 
 // KEYS: experts of a lane, of which there are at most 32 KEYS in all.
 template <int KEYS> struct Token : Row {
   const RouterLaunch& p;
   int lane = threadIdx.x % WARP;
-  float largest = 0.0f, denominator = 1.0f;  // of the softmax over all experts, or over the choices
+  Softmax softmax;  // over all experts
 
   __device__ __forceinline__ Token(const RouterLaunch& launch, uint32* smem) : Row(launch, smem), p(launch) {}
 
-  __device__ __forceinline__ float score(float logit) const {
-    return p.scoring == SOFTMAX ? expf(logit - largest) / denominator : score_alone(p, logit);
-  }
-
   __device__ __forceinline__ bool exists(int expert) const { return expert >= 0 && expert < p.num_experts; }
 
-  // Largest logit and sum of exponentials. NaN and -inf rows give NaN weights.
-  __device__ __forceinline__ void softmax_over(const float* values, int n) {
-    largest = __uint_as_float(0xff800000u);
+  __device__ __forceinline__ void add_up_softmax() {
+    int run = experts_of_lane(p.num_experts), begin = lane * run, end = min(begin + run, p.num_experts);
+    softmax = {minus_infinity(), 0.0f};
 #pragma unroll 1
-    for (int i = lane; i < n; i += WARP) largest = fmaxf(largest, values[i]);
-    largest = warp_max(largest);
-    denominator = 0.0f;
+    for (int e = lane; e < p.num_experts; e += WARP) softmax.largest = fmaxf(softmax.largest, logits[e]);
+    softmax.largest = warp_max(softmax.largest);
 #pragma unroll 1
-    for (int i = lane; i < n; i += WARP) denominator += expf(values[i] - largest);
-    denominator = warp_sum(denominator);
+    for (int e = begin; e < end; ++e) softmax.denominator += expf(logits[e] - softmax.largest);
+    softmax.denominator = warp_sum(softmax.denominator);
   }
 
   __device__ __forceinline__ void rank() {
-    bool softmax = p.scoring == SOFTMAX && p.select_by == SCORES;
-    if (softmax) softmax_over(logits, p.num_experts);
+    if (needs_whole_softmax(p)) add_up_softmax();
     if (p.expert_table || !ranks_apart(p)) return;
-    if (softmax) {
+    if (p.scoring == SOFTMAX && p.select_by == SCORES) {
 #pragma unroll 1
-      for (int e = lane; e < p.num_experts; e += WARP) keys[e] = ranked(p, e, score(logits[e]));
+      for (int e = lane; e < p.num_experts; e += WARP) keys[e] = ranked(p, e, softmax(logits[e]));
       __syncwarp();
     }
     if (p.num_groups > 1) drop_groups();
@@ -220,7 +167,7 @@ template <int KEYS> struct Token : Row {
     for (int j = lane; j < p.top_k; j += WARP) {
       int expert = known ? p.expert_table[id * p.top_k + j] : -1;
       words[j] = expert;
-      chosen[j] = exists(expert) ? logits[expert] : __uint_as_float(0xff800000u);
+      chosen[j] = exists(expert) ? logits[expert] : minus_infinity();
     }
     __syncwarp();
   }
@@ -256,38 +203,11 @@ template <int KEYS> struct Token : Row {
     }
   }
 
-  // Weights of the chosen experts. Renormalising a softmax without epsilon is the softmax over the chosen logits, which
-  // needs no second division. Far below zero sigmoid(l) = e^l and sqrt(softplus(l)) = e^(l / 2), so that a renormalised
-  // row keeps its ratios where the scores themselves would underflow to 0 / 0.
-  __device__ __forceinline__ void weigh(int64 token) {
-    bool exact_ratio = p.renormalize && p.epsilon == 0.0f;
-    int order = p.renormalize;
-    if (p.scoring == SOFTMAX && (p.select_by == LOGITS || exact_ratio)) {
-      softmax_over(chosen, p.top_k);
-      if (exact_ratio && order == 1) order = 0;
-    }
-    float shift = 0.0f, sum = 0.0f, norm = 1.0f;
-    if (exact_ratio && p.scoring != SOFTMAX) {
-      float top = __uint_as_float(0xff800000u);
+  __device__ __forceinline__ void finish_choices(int64 token) {
+    ChoicesInShared choices{chosen, p.top_k};
+    weigh(p, choices, softmax);
 #pragma unroll 1
-      for (int j = lane; j < p.top_k; j += WARP) top = fmaxf(top, chosen[j]);
-      top = warp_max(top);
-      if (top < -40.0f) shift = top;
-    }
-#pragma unroll 1
-    for (int j = lane; j < p.top_k; j += WARP) {
-      float logit = chosen[j], power = p.scoring == SQRT_SOFTPLUS ? 0.5f : 1.0f;
-      float weight = shift == 0.0f ? score(logit) : expf(power * (logit - shift));
-      chosen[j] = weight;
-      sum += order == 2 ? weight * weight : weight;
-    }
-    if (order) {
-      sum = warp_sum(sum);
-      if (order == 2) sum = sqrtf(sum);
-      norm = p.epsilon_mode == EPSILON_ADD ? sum + p.epsilon : (sum < p.epsilon ? p.epsilon : sum);
-    }
-#pragma unroll 1
-    for (int j = lane; j < p.top_k; j += WARP) store(token, j, order ? chosen[j] / norm : chosen[j]);
+    for (int j = lane; j < p.top_k; j += WARP) store(p, token, j, words[j], chosen[j]);
   }
 
   // Each choice is weighed among the experts near it that were not chosen before: one pass over the logits a choice.
@@ -304,17 +224,8 @@ template <int KEYS> struct Token : Row {
         if (left) sum += expf(rival - own);
       }
       sum = warp_sum(sum);
-      if (lane == 0) store(token, j, 1.0f / sum);
+      if (lane == 0) store(p, token, j, words[j], 1.0f / sum);
     }
-  }
-
-  __device__ __forceinline__ void store(int64 token, int j, float weight) const {
-    int expert = words[j];
-    bool there = exists(expert);
-    weight *= p.scale;
-    if (p.expert_scale && there) weight *= p.expert_scale[expert];
-    p.topk_ids[token * p.top_k + j] = there ? expert : -1;
-    p.topk_weights[token * p.top_k + j] = there ? weight : 0.0f;
   }
 };
 
@@ -336,7 +247,7 @@ __device__ __forceinline__ void route_tokens(const RouterLaunch& launch, int64 b
       if (launch.expert_table) token.look_up(first + warp);
       else token.choose();
       if (launch.scoring == SPARSE_MIXER) token.mix(first + warp);
-      else token.weigh(first + warp);
+      else token.finish_choices(first + warp);
     }
     __syncthreads();
   }

@@ -1,9 +1,9 @@
 // route_and_group: router logits -> topk_ids, topk_weights, and the order in which the experts read the slots; one launch
-// where one block can place all slots, else the first of two.
+// where one block places all slots, else the first of two.
 //
 //   grid     each block routes a run of tokens_per_block neighbouring tokens; see route.cuh
 //   then     PLACE: the block that ends last sorts all slots (at most 4096); the others are gone by then
-//            PUBLISH: every block counts its own slots, and group_place follows with the same blocks
+//            PUBLISH: every block counts its own slots, and group_place follows
 //   block    32 warps, or 8 where one block sorts and where shared memory is short
 //   smem     words_per_warp words a warp that routes (see route.cuh), then the counters of group.cuh in the same place
 //
@@ -24,7 +24,7 @@ struct RouteAndGroupLaunch {
   int* blocks_done;
   int tokens_per_block, then;
 };
-static_assert(sizeof(RouteAndGroupLaunch) == 256, "cumoe/gpu/route_and_group.py packs 256 bytes");
+static_assert(sizeof(RouteAndGroupLaunch) == 264, "cumoe/gpu/route_and_group.py packs 264 bytes");
 
 // Whether all other blocks have come here before this one. Sets the counter back for the next launch.
 __device__ __forceinline__ bool comes_last(int* blocks_done) {
@@ -47,14 +47,12 @@ template <int KEYS, int WARPS> __device__ __forceinline__ void run(const RouteAn
   if (end > launch.router.num_tokens) end = launch.router.num_tokens;
   route::route_tokens<KEYS, WARPS>(launch.router, begin, end, dynamic_smem);
   int* histograms = reinterpret_cast<int*>(dynamic_smem);
-  group::Part part{(int)blockIdx.x, (int)gridDim.x};
-  if (launch.then == PLACE && gridDim.x > 1 && !comes_last(launch.blocks_done)) return;
-  if (launch.then == PLACE) {
-    group::place<WARPS>(launch.group, {0, 1}, histograms);
-  } else {
-    group::count<WARPS>(launch.group, part, histograms);
-    group::publish<WARPS>(launch.group, part, histograms);
+  if (launch.then == PUBLISH) {
+    group::count_row<WARPS>(launch.group, blockIdx.x, histograms);
+    return;
   }
+  if (gridDim.x > 1 && !comes_last(launch.blocks_done)) return;
+  if (WARPS == group::FEW_WARPS) group::place_all<group::FEW_WARPS>(launch.group, histograms);
 }
 
 }  // namespace route_and_group

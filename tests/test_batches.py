@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support import DTYPES, GPU, random_layer
 
 import cumoe
-from cumoe.gpu import config, group
+from cumoe.gpu import config, group, route_and_group
 
 pytestmark = pytest.mark.gpu
 
@@ -24,7 +24,15 @@ def thresholds():
     rows = [*(limit for _, limit in config.WGMMA_MEAN_ROWS), *(c.block_m for c in config.CONFIGS if c.engine == "mma")]
     tokens = {mean * EXPERTS // TOP_K for mean in rows}  # by the mean rows of an expert
     tokens |= {tile.block_m for tile in config.CONFIGS}  # by the rows of a shared expert
-    tokens |= {group.MAX_RANKED // TOP_K, group.ONE_BLOCK_SLOTS // TOP_K, group.MAX_BLOCKS, 1, 8, 32}
+    tokens |= {
+        group.MAX_RANKED // TOP_K,
+        group.ONE_BLOCK_SLOTS // TOP_K,
+        route_and_group.MANY_SLOTS // TOP_K,
+        group.MAX_ROWS,
+        1,
+        8,
+        32,
+    }
     return sorted({t + d for t in tokens for d in (-1, 0, 1) if 1 <= t + d < LARGEST})
 
 

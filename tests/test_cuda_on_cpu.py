@@ -30,6 +30,7 @@ SUITES = {
     "test_grouped_gemm.py": 38,
     "test_route.py": 120,
     "test_layer_router.py": 80,
+    "test_route_and_count.py": 85,
     "test_layer.py": 25,
     "test_replay.py": 20,
     "test_group.py": 60,
@@ -239,6 +240,14 @@ MUTANTS = {
     "equals_move_the_row_too_early": Mutant(
         "group.cuh", "__syncwarp();  // every equal", "// every equal",
         ("group",), "test_group.py", "many_slots and 5000",
+    ),
+    "ties_go_unseen": Mutant(
+        "route_lanes.cuh", "odd || steps != p.top_k * STEP ||", "odd ||",
+        ("group", "route_and_group", "route_and_count"), "test_route_and_count.py", "odd_tokens and twins and 128",
+    ),
+    "counts_published_too_early": Mutant(
+        "group.cuh", "__syncthreads();  // the histogram is complete", "// the histogram is complete",
+        ("group", "route_and_group", "route_and_count"), "test_route_and_count.py", "every_corner and 12-3",
     ),
     "one_row_too_many": Mutant(
         "grouped_gemm_simt.cu", "row < tile.row_end ? a + ", "row <= tile.row_end ? a + ",

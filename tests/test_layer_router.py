@@ -12,7 +12,7 @@ from test_route import SCORINGS, assert_routing, on
 import cumoe
 from cumoe.gpu import group, route, router_gemm
 from cumoe.gpu.layer_router import LayerRouter
-from cumoe.gpu.route_and_group import PLACE, PUBLISH, max_blocks, split
+from cumoe.gpu.route_and_group import PLACE, PUBLISH, max_rows, split
 from cumoe.gpu.router_gemm import CHUNK, FEW, MANY
 from cumoe.gpu.router_gemm import split as split_planes
 
@@ -44,10 +44,10 @@ def test_logits_come_whole_or_in_chunks(num_tokens, num_experts, hidden_size, nu
 def test_every_token_is_routed_once(num_tokens, top_k, num_experts, apart, alone, max_bytes):
     """Blocks cover the tokens, the last one has some, memory and counts suffice, and who sorts has few slots."""
     words = max(top_k, 1) + num_experts * (2 if apart else 1)
-    how = split(num_tokens, top_k, words, num_experts, max_bytes, alone=alone)
+    how = split(num_tokens, top_k, words, max_bytes, alone=alone)
     of_a_block = how.tokens_per_block
     assert (how.blocks - 1) * of_a_block < num_tokens <= how.blocks * of_a_block
-    assert how.blocks <= max_blocks(num_tokens) <= group.MAX_BLOCKS
+    assert how.blocks <= max_rows(num_tokens) <= group.MAX_ROWS
     assert how.shared_bytes(words, num_experts) <= max_bytes
     if how.then == PLACE:
         assert num_tokens * top_k <= group.ONE_BLOCK_SLOTS
@@ -87,10 +87,12 @@ def run(x, weight, router, *, bias=None, logits=None, num_experts=None, dtype=No
     num_experts = num_choices if num_experts is None else num_experts
     made = LayerRouter(on(GPU, router), on_gpu["weight"], on_gpu["bias"], dtype or x.dtype, num_choices)
     buffers = group.buffers(len(x), router.top_k, num_experts) | made.buffers(len(x), num_experts)
+    buffers["progress"] = (3001,), np.dtype(np.int32)
     out = {name: cupy.empty(*spec) for name, spec in buffers.items()}
     for array in out.values():
         array.fill(-77)
     routing, groups = made(on_gpu["x"], GPU.asarray(logits), None, num_experts, out)
+    assert not GPU.asnumpy(out["progress"]).any()
     parts = None if logits is not None else GPU.asnumpy(out["router_logits"])
     arrays = (GPU.asnumpy(routing.topk_ids), GPU.asnumpy(routing.topk_weights))
     return *arrays, cumoe.Groups(*map(GPU.asnumpy, groups)), parts
@@ -185,10 +187,11 @@ def test_chosen_and_sorted_in_one_kernel(dtype, num_tokens, num_experts, num_ide
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("num_experts", [40, 300, 520])
-def test_more_slots_than_one_block_sorts(num_experts):
-    """Every block publishes its counts; lanes hold 8, 16 and 32 experts."""
-    logits = np.random.default_rng(num_experts).normal(0, 2, (521, num_experts)).astype(np.float32)
+def test_more_slots_than_one_block_sorts(num_experts, dtype):
+    """Every block publishes its counts; in registers where that is possible, else with 8, 16 and 32 experts a lane."""
+    logits = np.random.default_rng(num_experts).normal(0, 2, (521, num_experts)).astype(DTYPES[dtype])
     router = cumoe.Router(8, "sigmoid")
     ids, weights, groups, _ = run(np.zeros((521, 8), np.float32), None, router, logits=logits)
     assert_routing(logits, router, ids, weights)

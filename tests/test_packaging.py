@@ -17,6 +17,7 @@ from cumoe.gpu import (
     group,
     grouped_gemm,
     route,
+    route_and_count,
     route_and_group,
     router_gemm,
     sources,
@@ -92,7 +93,13 @@ def test_struct_sizes_are_those_that_python_packs():
     packed = {struct: twin.itemsize for struct, twin in LAUNCHES.items()}
     portable = grouped_gemm.MAX_STACKS * stacks.STACK.itemsize + grouped_gemm.PORTABLE_TAIL.itemsize
     both = route.LAUNCH.itemsize + group.LAUNCH.itemsize + route_and_group.TAIL.itemsize
-    others = {"GemmLaunch": portable, "WgmmaLaunch": grouped_gemm.WGMMA_BYTES, "RouteAndGroupLaunch": both}
+    counted = route.LAUNCH.itemsize + group.LAUNCH.itemsize + route_and_count.TAIL.itemsize
+    others = {
+        "GemmLaunch": portable,
+        "WgmmaLaunch": grouped_gemm.WGMMA_BYTES,
+        "RouteAndGroupLaunch": both,
+        "RouteAndCountLaunch": counted,
+    }
     assert asserted == packed | others
     both = 2 * grouped_gemm.MAX_STACKS * (3 * MAP_BYTES + stacks.STACK.itemsize)
     assert both + grouped_gemm.WGMMA_TAIL.itemsize <= grouped_gemm.WGMMA_BYTES
@@ -232,14 +239,10 @@ def test_shared_memory_suffices_everywhere(tile):
     assert tile.shared_bytes(MAX_GROUPS) <= SMALLEST_SHARED_BYTES
 
 
-@given(st.integers(1, 100_000), st.integers(1, GPU_MAX_EXPERTS))
-def test_shared_memory_suffices_for_grouping(num_slots, num_experts):
-    """On every GPU; where there is enough of it, many slots get the larger block."""
-    warps = group.num_warps(num_slots, num_experts, SMALLEST_SHARED_BYTES)
-    assert group.shared_bytes(warps, num_experts) <= SMALLEST_SHARED_BYTES
-    assert group.num_warps(num_slots, num_experts, HOPPER_SHARED_BYTES) == (
-        8 if num_slots <= group.ONE_BLOCK_SLOTS else 32
-    )
+def test_shared_memory_suffices_for_grouping():
+    """On every GPU; a histogram a warp is the larger part of it."""
+    for size in (group.bytes_to_place, group.bytes_to_place_all):
+        assert size(GPU_MAX_EXPERTS) <= SMALLEST_SHARED_BYTES
 
 
 def hopper_bytes(tile, num_groups):

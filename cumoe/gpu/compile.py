@@ -31,6 +31,7 @@ OVERLAP_COMPUTE_CAPABILITY = 90
 KERNEL_UNIT = {
     "router_gemm": "router_gemm",
     "route_and_group": "route_and_group",
+    "route_and_count": "route_and_count",
     "route": "route",
     "group": "group",
     "grouped_gemm_mma_bfloat16": "grouped_gemm_bfloat16",

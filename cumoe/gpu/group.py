@@ -6,19 +6,20 @@ import numpy as np
 
 from cumoe.data.groups import Groups
 from cumoe.door.arrays import cupy
-from cumoe.gpu.compile import current_device, launch, max_shared_bytes
+from cumoe.gpu.compile import launch
 from cumoe.gpu.structs import Packed, Struct
 
-WARPS = 32
-FEW_WARPS = 8
-"""A smaller block where one is enough: there is less to clear and to add up. It also serves where the counters of the
-larger one do not fit into shared memory: sm_86, sm_89 and sm_120 with more than 744 experts."""
+COUNTING_WARPS, PLACING_WARPS, ALL_WARPS = 32, 16, 8
+"""Of a block that counts a row, of one that places some rows, of the only one: there is less to clear and to add up."""
 MAX_RANKED = 64
 """Up to so many slots are compared with each other; the number is that of kernels/group.cuh."""
 ONE_BLOCK_SLOTS = 4096
 """Up to here one block counts and places in one launch."""
-MAX_BLOCKS = 128
-"""Every block reads the counts of all others: more blocks would read more than they place."""
+MAX_ROWS = 128
+"""Of the matrix of counts: every block that places reads all of it."""
+MIN_PLACED, MAX_PLACED, PLACING_BLOCKS = 512, 2048, 64
+"""Slots of a block that places: from the first to the second there are PLACING_BLOCKS blocks, more only beyond, since
+they share the bandwidth of the L2 cache for the counts."""
 
 LAUNCH = Struct(
     pointer=(
@@ -30,23 +31,34 @@ LAUNCH = Struct(
         "counts",
         "progress",
     ),
-    int32=("num_slots", "num_experts", "slots_per_block", "num_progress"),
+    int32=("num_slots", "num_experts", "slots_per_row", "num_progress", "num_rows", "rows_per_block"),
 )
 
 
-def num_blocks(num_slots: int) -> int:
-    """Return how many blocks share the slots."""
-    return 1 if num_slots <= ONE_BLOCK_SLOTS else min(MAX_BLOCKS, -(-num_slots // 1024))
+def num_rows(num_slots: int) -> int:
+    """Return how many rows the matrix of counts has; 1 where one block places all slots."""
+    return 1 if num_slots <= ONE_BLOCK_SLOTS else min(MAX_ROWS, -(-num_slots // 1024))
 
 
-def num_warps(num_slots: int, num_experts: int, max_bytes: int) -> int:
-    """Return how many warps a block has on a GPU that gives it at most `max_bytes` of shared memory."""
-    return FEW_WARPS if num_slots <= ONE_BLOCK_SLOTS or shared_bytes(WARPS, num_experts) > max_bytes else WARPS
+def rows_per_block(num_slots: int, rows: int) -> int:
+    """Return how many rows of counts a block places."""
+    blocks = max(min(PLACING_BLOCKS, -(-num_slots // MIN_PLACED)), -(-num_slots // MAX_PLACED))
+    return -(-rows // blocks)
 
 
-def shared_bytes(warps: int, num_experts: int) -> int:
-    """Return the shared memory of a block: a histogram for every warp and two rows, or the slots that it ranks."""
-    return 4 * max((warps + 2) * (num_experts + 1), MAX_RANKED)
+def row_words(num_experts: int) -> int:
+    """Return the length of a row of counts: a bin an expert, one for slots without, whole vectors."""
+    return -(-(num_experts + 1) // 4) * 4
+
+
+def bytes_to_place(num_experts: int) -> int:
+    """Return the shared memory of a block that places rows: a histogram a warp, and two rows."""
+    return 4 * (PLACING_WARPS * (num_experts + 1) + 2 * row_words(num_experts))
+
+
+def bytes_to_place_all(num_experts: int) -> int:
+    """Return the shared memory of a block that places all slots: a histogram a warp, or the slots that it ranks."""
+    return 4 * max(ALL_WARPS * (num_experts + 1), MAX_RANKED)
 
 
 def buffers(num_tokens: int, top_k: int, num_experts: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -57,7 +69,7 @@ def buffers(num_tokens: int, top_k: int, num_experts: int) -> dict[str, tuple[tu
         "expert_offsets": ((num_experts + 1,), int32),
         "tokens_per_expert": ((num_experts,), int32),
         "inverse_permutation": ((num_tokens, top_k), int32),
-        "counts": ((num_blocks(num_tokens * top_k), num_experts + 1), int32),
+        "counts": ((num_rows(num_tokens * top_k), row_words(num_experts)), int32),
     }
 
 
@@ -72,22 +84,26 @@ def group(ids: Any, num_experts: int, out: dict[str, Any] | None = None) -> Grou
         groups.expert_offsets.fill(0)
         groups.tokens_per_expert.fill(0)
         return groups
-    blocks = num_blocks(num_slots)
-    warps = num_warps(num_slots, num_experts, max_shared_bytes(current_device()))
-    threads = warps * 32
-    packed = pack(ids, num_experts, out, slots_per_block=-(-num_slots // (blocks * threads)) * threads)
-    if blocks > 1:
-        _launch("group_count", blocks, warps, packed, num_experts)
-    _launch("group_place", blocks, warps, packed, num_experts)
+    rows = num_rows(num_slots)
+    if rows == 1:
+        packed = pack(ids, num_experts, out, num_slots, rows)
+        size = bytes_to_place_all(num_experts)
+        launch("group_place_all", 1, ALL_WARPS * 32, packed, size, overlap=True)
+        return groups
+    threads = COUNTING_WARPS * 32
+    packed = pack(ids, num_experts, out, -(-num_slots // (rows * threads)) * threads, rows)
+    launch("group_count", rows, threads, packed, 4 * row_words(num_experts), overlap=True)
+    place(packed, num_slots, num_experts, rows)
     return groups
 
 
-def place(packed: Packed, blocks: int, warps: int, num_experts: int) -> None:
-    """Launch what follows once every block of the same number has published its counts."""
-    _launch("group_place", blocks, warps, packed, num_experts)
+def place(packed: Packed, num_slots: int, num_experts: int, rows: int) -> None:
+    """Launch what follows once every row of counts is published."""
+    blocks = -(-rows // rows_per_block(num_slots, rows))
+    launch("group_place", blocks, PLACING_WARPS * 32, packed, bytes_to_place(num_experts), overlap=True)
 
 
-def pack(ids: Any, num_experts: int, out: dict[str, Any], slots_per_block: int) -> Packed:
+def pack(ids: Any, num_experts: int, out: dict[str, Any], slots_per_row: int, rows: int) -> Packed:
     """Return the struct of kernels/group.cuh."""
     return LAUNCH(
         topk_ids=ids,
@@ -96,11 +112,8 @@ def pack(ids: Any, num_experts: int, out: dict[str, Any], slots_per_block: int) 
         progress=out.get("progress"),
         num_slots=ids.size,
         num_experts=num_experts,
-        slots_per_block=slots_per_block,
+        slots_per_row=slots_per_row,
         num_progress=out["progress"].size if "progress" in out else 0,
+        num_rows=rows,
+        rows_per_block=rows_per_block(ids.size, rows),
     )
-
-
-def _launch(name: str, blocks: int, warps: int, packed: Packed, num_experts: int) -> None:
-    few = "_few" if warps == FEW_WARPS else ""
-    launch(name + few, blocks, warps * 32, packed, shared_bytes(warps, num_experts), overlap=True)

@@ -6,7 +6,7 @@ import numpy as np
 
 from cumoe.data.groups import Groups
 from cumoe.data.routing import Router, Routing
-from cumoe.gpu import route_and_group, router_gemm
+from cumoe.gpu import group, route_and_group, router_gemm
 from cumoe.gpu.experts import Buffers, project
 
 
@@ -33,7 +33,7 @@ class LayerRouter:
         wanted: Buffers = {
             "topk_ids": (slots, int32),
             "topk_weights": (slots, float32),
-            "counts": ((route_and_group.max_blocks(num_tokens), num_experts + 1), int32),
+            "counts": ((route_and_group.max_rows(num_tokens), group.row_words(num_experts)), int32),
             "blocks_done": ((1,), int32),
         }
         if self.weight is not None:

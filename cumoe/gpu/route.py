@@ -52,8 +52,12 @@ def keys_of_lane(num_experts: int) -> int:
 
 def words_per_warp(router: Router, num_experts: int) -> int:
     """Return the words of shared memory of a warp: see Row in kernels/route.cuh."""
-    ranks_apart = router.selection_bias is not None or router.num_groups > 1
-    return max(router.top_k, router.num_groups) + router.top_k + num_experts * (2 if ranks_apart else 1)
+    return max(router.top_k, router.num_groups) + router.top_k + num_experts * (2 if ranks_apart(router) else 1)
+
+
+def ranks_apart(router: Router) -> bool:
+    """Whether experts are ranked by something else than their logits."""
+    return router.selection_bias is not None or router.num_groups > 1
 
 
 def pack(logits: Any, router: Router, out: Routing, input_ids: Any = None, router_bias: Any = None) -> Packed:

@@ -12,6 +12,7 @@ UNITS = (
     "router_gemm",
     "route",
     "route_and_group",
+    "route_and_count",
     "group",
     "grouped_gemm_bfloat16",
     "grouped_gemm_float16",

@@ -23,6 +23,7 @@ STAGES = {
     "ends_rms_norm": "input norm",
     "router_gemm": "router",
     "route_and_group": "route, group",
+    "route_and_count": "route",
     "group_place": "group",
     "shared_gate": "shared gate",
     "grouped_gemm": "experts",

@@ -14,6 +14,7 @@ UNITS = (
     "group",
     "route",
     "route_and_group",
+    "route_and_count",
     "router_gemm",
     "combine",
     "ends",

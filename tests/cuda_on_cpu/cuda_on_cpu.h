@@ -94,6 +94,9 @@ template <typename T> unsigned __match_any_sync(unsigned mask, T value, CUDA_ON_
 inline unsigned __ballot_sync(unsigned mask, bool value, CUDA_ON_CPU_SITE) {
   return cuda_on_cpu::lanes_that("__ballot_sync", mask, value, cuda_on_cpu::Set(), {file, line});
 }
+inline bool __any_sync(unsigned mask, bool value, CUDA_ON_CPU_SITE) {
+  return cuda_on_cpu::lanes_that("__any_sync", mask, value, cuda_on_cpu::Set(), {file, line}) != 0;
+}
 
 // Every lane receives the value that wins against all others.
 namespace cuda_on_cpu {
@@ -119,12 +122,24 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned value, CUDA_ON_CPU_SIT
 inline unsigned __reduce_min_sync(unsigned mask, unsigned value, CUDA_ON_CPU_SITE) {
   return cuda_on_cpu::reduce("__reduce_min_sync", mask, value, cuda_on_cpu::Smaller(), {file, line});
 }
+inline unsigned __reduce_add_sync(unsigned mask, unsigned value, CUDA_ON_CPU_SITE) {
+  unsigned own = value;
+  cuda_on_cpu::collective("__reduce_add_sync", mask, &own, [](void* const* lanes) {
+    unsigned sum = 0;
+    for (int l = 0; l < 32; ++l)
+      if (auto lane = static_cast<unsigned*>(lanes[l])) sum += *lane;
+    for (int l = 0; l < 32; ++l)
+      if (auto lane = static_cast<unsigned*>(lanes[l])) *lane = sum;
+  }, {file, line});
+  return own;
+}
 
 // Threads run one at a time.
 inline int atomicAdd(int* address, int value) { int old = *address; *address += value; return old; }
 inline void __threadfence() {}
 
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
+inline int __ffs(unsigned value) { return __builtin_ffs(static_cast<int>(value)); }
 inline float __uint_as_float(unsigned bits) { float value; memcpy(&value, &bits, 4); return value; }
 inline unsigned __float_as_uint(float value) { unsigned bits; memcpy(&bits, &value, 4); return bits; }
 
@@ -138,6 +153,7 @@ inline unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
 
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(16) int4 { int x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 
 // Last: the standard headers spell an attribute like this.
