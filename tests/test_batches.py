@@ -27,6 +27,7 @@ def thresholds():
     tokens |= {
         group.MAX_RANKED // TOP_K,
         group.ONE_BLOCK_SLOTS // TOP_K,
+        route_and_group.LAST_BLOCK_SLOTS // TOP_K,
         route_and_group.MANY_SLOTS // TOP_K,
         group.MAX_ROWS,
         1,

@@ -12,7 +12,7 @@ from test_route import SCORINGS, assert_routing, on
 import cumoe
 from cumoe.gpu import group, route, router_gemm
 from cumoe.gpu.layer_router import LayerRouter
-from cumoe.gpu.route_and_group import PLACE, PUBLISH, max_rows, split
+from cumoe.gpu.route_and_group import LAST_BLOCK_SLOTS, PLACE, PUBLISH, max_rows, split
 from cumoe.gpu.router_gemm import CHUNK, FEW, MANY
 from cumoe.gpu.router_gemm import split as split_planes
 
@@ -50,7 +50,7 @@ def test_every_token_is_routed_once(num_tokens, top_k, num_experts, apart, alone
     assert how.blocks <= max_rows(num_tokens) <= group.MAX_ROWS
     assert how.shared_bytes(words, num_experts) <= max_bytes
     if how.then == PLACE:
-        assert num_tokens * top_k <= group.ONE_BLOCK_SLOTS
+        assert num_tokens * top_k <= LAST_BLOCK_SLOTS
         assert alone or how.blocks == 1
     else:
         assert how.then == PUBLISH

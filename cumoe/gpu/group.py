@@ -13,13 +13,12 @@ COUNTING_WARPS, PLACING_WARPS, ALL_WARPS = 32, 16, 8
 """Of a block that counts a row, of one that places some rows, of the only one: there is less to clear and to add up."""
 MAX_RANKED = 64
 """Up to so many slots are compared with each other; the number is that of kernels/group.cuh."""
-ONE_BLOCK_SLOTS = 4096
-"""Up to here one block counts and places in one launch."""
+ONE_BLOCK_SLOTS = 1024
+"""Up to here one block counts and places in one launch; above, two launches are quicker."""
 MAX_ROWS = 128
 """Of the matrix of counts: every block that places reads all of it."""
-MIN_PLACED, MAX_PLACED, PLACING_BLOCKS = 512, 2048, 64
-"""Slots of a block that places: from the first to the second there are PLACING_BLOCKS blocks, more only beyond, since
-they share the bandwidth of the L2 cache for the counts."""
+MIN_PLACED = 512
+"""Slots of a block that places: fewer are not worth the reading of all counts."""
 
 LAUNCH = Struct(
     pointer=(
@@ -42,8 +41,7 @@ def num_rows(num_slots: int) -> int:
 
 def rows_per_block(num_slots: int, rows: int) -> int:
     """Return how many rows of counts a block places."""
-    blocks = max(min(PLACING_BLOCKS, -(-num_slots // MIN_PLACED)), -(-num_slots // MAX_PLACED))
-    return -(-rows // blocks)
+    return -(-rows // -(-num_slots // MIN_PLACED))
 
 
 def row_words(num_experts: int) -> int:

@@ -1,4 +1,4 @@
-"""Launching kernels/route_and_group.cu: choose, weigh and sort in one launch up to 4096 slots, in two above."""
+"""Choose, weigh and sort: route_and_group.cu alone for few slots, route_and_count.cu and group.cu for many."""
 
 from typing import Any, NamedTuple
 
@@ -13,8 +13,11 @@ PLACE, PUBLISH = 0, 1
 MANY_WARPS, FEW_WARPS = 32, 8
 """Of a block. The smaller one where a block sorts, and where shared memory is short."""
 
-MANY_SLOTS = 4096
-"""Above, two launches serve where route_and_count.cu can be the first of them; at most group.ONE_BLOCK_SLOTS."""
+MANY_SLOTS = 1024
+"""Above, two launches are quicker where route_and_count.cu can be the first of them."""
+
+LAST_BLOCK_SLOTS = 4096
+"""Up to so many slots the last block sorts, where it cannot."""
 
 TAIL = Struct(pointer=("blocks_done",), int32=("tokens_per_block", "then"))
 
@@ -46,7 +49,7 @@ def split(num_tokens: int, top_k: int, words_per_warp: int, max_bytes: int, *, a
     alone : bool
         Whether a counter says which block comes last; without one only a single block can sort.
     """
-    few = num_tokens * top_k <= group.ONE_BLOCK_SLOTS
+    few = num_tokens * top_k <= LAST_BLOCK_SLOTS
     warps = FEW_WARPS if few else MANY_WARPS
     tokens_per_block = -(-num_tokens // group.MAX_ROWS)
     if few and not alone and num_tokens <= warps:

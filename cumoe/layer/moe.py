@@ -98,7 +98,7 @@ def moe(
     Memory beyond inputs and output, on a GPU: num_tokens * (top_k * I + sum_s I_s) numbers of hidden rows,
     num_tokens * (top_k + num_shared) * hidden_size numbers of result rows, and 2 * num_tokens * top_k int32; no copy of
     a token. They come from CuPy's pool at each call; `MoE` keeps them. What a graph capture has seen, inputs and output
-    too, lives as long as `experts`. Four launches up to 4096 slots, five above, one more for each gated shared expert
+    too, lives as long as `experts`. Four launches up to 1024 slots, five above, one more for each gated shared expert
     and where arrays differ in alignment; no host synchronisation. On sm_90 and later a kernel may begin before the one
     ahead of it on the stream has ended; it waits for its results by itself.
     """

@@ -46,7 +46,7 @@ def group(topk_ids: Any, num_experts: int) -> Groups:
 
     Notes
     -----
-    GPU: one launch up to 4096 slots, two above; current stream, no host synchronisation, can be captured in a graph; no
+    GPU: one launch up to 1024 slots, two above; current stream, no host synchronisation, can be captured in a graph; no
     atomic decides a position.
 
     Examples
