@@ -5,7 +5,7 @@
 // every n-th place.
 //
 //   barrier     lies in           a phase ends when
-//   mail.sent   second block      the first one has written the position there
+//   mail.sent   second block      it expects a position, and the first one's has come
 //   mail.read   first block       the second one has read it
 #pragma once
 #include "ptx_sm90.cuh"
@@ -43,14 +43,16 @@ template <int CLUSTER> struct Positions {
  private:
   __device__ __forceinline__ void send(int parity) const {
     barrier_wait_for_cluster(shared_address(&mail.read), parity ^ 1);
-    store_there(in_other_block(shared_address(&mail.position)), value);
-    barrier_release_there(in_other_block(shared_address(&mail.sent)));
+    send_there(in_other_block(shared_address(&mail.position)), value, in_other_block(shared_address(&mail.sent)));
   }
   __device__ __forceinline__ void receive(int parity) {
-    barrier_wait_for_cluster(shared_address(&mail.sent), parity);
-    value = *static_cast<volatile int*>(&mail.position);
-    __syncwarp();
-    if (threadIdx.x % WARP == 0) barrier_release_there(in_other_block(shared_address(&mail.read)));
+    if (threadIdx.x % WARP == 0) {
+      barrier_arrive_expect(shared_address(&mail.sent), sizeof(int));
+      barrier_wait_for_cluster(shared_address(&mail.sent), parity);
+      value = *static_cast<volatile int*>(&mail.position);
+      barrier_release_there(in_other_block(shared_address(&mail.read)));
+    }
+    value = __shfl_sync(FULL_MASK, value, 0);
   }
 };
 

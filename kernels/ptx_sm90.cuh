@@ -66,8 +66,10 @@ __device__ __forceinline__ void barrier_wait_for_cluster(uint32 barrier, int par
       "@!done bra again;\n"
       "}" ::"r"(barrier), "r"(parity) : "memory");
 }
-__device__ __forceinline__ void store_there(uint32 address_there, int value) {
-  asm volatile("st.shared::cluster.s32 [%0], %1;" ::"r"(address_there), "r"(value) : "memory");
+// Stores 4 bytes, which the barrier in the same block has to expect.
+__device__ __forceinline__ void send_there(uint32 address_there, int value, uint32 barrier_there) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.s32 [%0], %1, [%2];"
+               ::"r"(address_there), "r"(value), "r"(barrier_there) : "memory");
 }
 // All threads of all blocks of the cluster.
 __device__ __forceinline__ void sync_cluster() {

@@ -205,13 +205,15 @@ template <int KEYS, bool WHOLE> struct Router {
 #pragma unroll
     for (int i = 0; i < LIST; ++i) at(own_list + i * STEP) = kept ? list[i] : TAKEN;
     at(own_list + END) = TAKEN;
+    __syncwarp();  // the last lane's end is that of all
     uint32 place = own_list, head = kept ? list[0] : TAKEN;
 #pragma unroll 4
     for (int j = 0; j < p.top_k; ++j) {
       if (head == __reduce_max_sync(FULL_MASK, head)) {
-        at(PLACES + j * sizeof(uint32)) = place;
+        uint32 taken = place;
         place = min(place + STEP, END + STEP - 4u);  // to its own end, or the last lane's if it is there
         head = at(place);
+        atomicExch(&at(PLACES + j * sizeof(uint32)), taken);  // one of the lanes, where keys tie
       }
     }
     // Keys that tie have all moved on at once.

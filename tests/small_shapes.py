@@ -105,6 +105,8 @@ def make_less_of(module: object, tool: Tool) -> None:
     name = getattr(module, "__name__", "").rpartition(".")[2]
     if name == "test_fuzz":
         module.NUM_CASES["gpu"] = tool.fuzz_cases  # type: ignore[attr-defined]
+    if name == "test_route_and_count":  # two kernels for each of up to 17 routers
+        module.EVERY["router"] = 5  # type: ignore[attr-defined]
     if name == "test_cli":  # a demonstration times what it has computed
         from cumoe.cli.machine import Gpu
 

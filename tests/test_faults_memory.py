@@ -181,14 +181,67 @@ def test_what_a_graph_uses_is_kept(kept):
         assert all(int((block != 255).sum()) == 0 for block in junk)
 
 
+STAGES = ["route", "group", "grouped_gemm", "combine", "expert_load"]
+
+
+def stage_call(stage):
+    """Return a call of a stage on arrays that nobody else holds; it gives one of its results alone."""
+    rng = np.random.default_rng(6)
+    logits = rng.standard_normal((700, 6)).astype(np.float32)
+    ids, weights = cumoe.route(logits, cumoe.Router(2))
+    groups = cumoe.group(ids, 6)
+    rows, w = rng.standard_normal((1400, 72)).astype(np.float32), rng.standard_normal((6, 40, 72)).astype(np.float32)
+    wide = GPU.asarray(ids.astype(np.int64))  # converted inside, as the factors below
+    if stage == "route":
+        on_gpu = GPU.asarray(logits)
+        return lambda: cumoe.route(on_gpu, cumoe.Router(2)).topk_weights
+    if stage == "group":
+        return lambda: cumoe.group(wide, 6).tokens_per_expert
+    on_gpu, factors = GPU.asarray(rows[:, ::-1].copy())[:, ::-1], GPU.asarray(weights.astype(np.float64))
+    order, matrices = cumoe.Groups(*map(GPU.asarray, groups)), GPU.asarray(w)
+    if stage == "grouped_gemm":
+        return lambda: cumoe.grouped_gemm(on_gpu, matrices, order, row_scale=factors, dtype=np.float16)
+    if stage == "combine":
+        return lambda: cumoe.combine(on_gpu, order, factors, dtype=np.float16)
+    on_gpu = GPU.asarray(logits)
+    return lambda: cumoe.expert_load((wide, factors), 6, on_gpu).aux_loss
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_a_stage_in_a_graph_uses_is_kept(stage):
+    """By any of its results: inputs, conversions, temporary arrays and the other results are let go."""
+    import cupy
+
+    wanted = GPU.asnumpy(stage_call(stage)())
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    with stream:
+        captured = stage_call(stage)
+        captured()
+        stream.synchronize()
+        stream.begin_capture()
+        result = captured()
+        graph = stream.end_capture()
+        del captured
+        gc.collect()
+        junk = [cupy.full(size, 255, np.uint8) for size in (512, 1024, 4096, 8192, 16384, 65536) for _ in range(50)]
+        for _ in range(3):
+            result.reshape(-1).view(np.uint8)[...] = 255
+            graph.launch(stream)
+            stream.synchronize()
+            assert GPU.asnumpy(result).tobytes() == wanted.tobytes()
+        assert all(int((block != 255).sum()) == 0 for block in junk)
+
+
 def test_a_capture_is_what_holds(monkeypatch):
     """Outside of one nothing is kept, or a layer would grow with every call."""
-    from cumoe.gpu import workspace
+    from cumoe.gpu import captures, workspace
 
     runtime = SimpleNamespace(streamIsCapturing=lambda stream: stream == 7)
     held = workspace.Workspace()
     for stream, kept in ((0, 0), (5, 0), (7, 1), (7, 2), (5, 2)):
         cuda = SimpleNamespace(get_current_stream=lambda stream=stream: SimpleNamespace(ptr=stream), runtime=runtime)
-        monkeypatch.setattr(workspace, "cupy", SimpleNamespace(cuda=cuda))
+        monkeypatch.setattr(captures, "cupy", SimpleNamespace(cuda=cuda))
         held.hold_if_captured(stream, object())
         assert len(held.held) == kept

@@ -2,15 +2,15 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
 
 from cumoe.data.weights import ExpertWeights, SharedExperts
-from cumoe.door.arrays import Kind, cupy
+from cumoe.door.arrays import cupy
 from cumoe.gpu import experts, group
+from cumoe.gpu.captures import captures
 from cumoe.gpu.experts import Buffers
 from cumoe.gpu.tape import Tape
 
@@ -35,31 +35,6 @@ def _padded_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
     for length in shape:
         size *= length  # Python integers: no overflow
     return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-@contextmanager
-def kept_if_captured(held: list[Any], kind: Kind, *arrays: Any) -> Iterator[None]:
-    """Keep arrays, and all memory that is allocated in the meantime, in `held` if the current stream records a graph.
-
-    The graph will read and write where they lie, conversions on the way in among them.
-    """
-    if not (kind.on_gpu and _captures(cupy.cuda.get_current_stream().ptr)):
-        yield
-        return
-    held.append(arrays)
-    allocate: Callable[[int], Any] = cupy.cuda.get_allocator()
-
-    def kept(num_bytes: int) -> Any:
-        held.append(allocate(num_bytes))
-        return held[-1]
-
-    with cupy.cuda.using_allocator(kept):
-        yield
-
-
-def _captures(stream: int) -> bool:
-    # The null stream cannot be captured, and must not be asked while another one is.
-    return bool(stream and cupy.cuda.runtime.streamIsCapturing(stream))
 
 
 class Block:
@@ -117,7 +92,7 @@ class Workspace:
 
     def hold_if_captured(self, stream: int, *arrays: Any) -> None:
         """Keep arrays as long as the workspace lives if the stream records a graph, which goes to where they lie."""
-        if _captures(stream):
+        if captures(stream):
             self.held.append(arrays)
 
     def block(self, device_id: int, stream: int, num_bytes: int = 0) -> Block | None:
@@ -125,7 +100,7 @@ class Workspace:
         block = self._blocks.get((device_id, stream))
         if block is None or block.memory.size < num_bytes:
             return None
-        if _captures(stream):
+        if captures(stream):
             self._captured[block.memory.data.ptr] = block
         return block
 

@@ -14,11 +14,12 @@ from cumoe.door.checks import FLOAT_DTYPES, check_count, check_dtype, check_shap
 from cumoe.door.factors import admit_factors
 from cumoe.door.output import admit_residual, output
 from cumoe.door.streams import on_producers_stream
+from cumoe.gpu.captures import kept_if_captured
 from cumoe.gpu.config import Gpu
 from cumoe.gpu.layer_router import LayerRouter
 from cumoe.gpu.operand import Operand
 from cumoe.gpu.tape import Tape
-from cumoe.gpu.workspace import Workspace, kept_if_captured, total_bytes
+from cumoe.gpu.workspace import Workspace, total_bytes
 from cumoe.layer.capture import Captured
 from cumoe.layer.frame import frame_buffers, framed_forward, normalised
 from cumoe.layer.moe import WeightOn, admit_tokens, check_weights

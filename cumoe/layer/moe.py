@@ -15,9 +15,10 @@ from cumoe.door.checks import check_count, check_dtype, check_rank, check_shape,
 from cumoe.door.output import admit_residual, output
 from cumoe.door.streams import on_producers_stream
 from cumoe.gpu import experts as gpu_experts
+from cumoe.gpu.captures import kept_if_captured
 from cumoe.gpu.combine import combine as gpu_combine
 from cumoe.gpu.group import group as gpu_group
-from cumoe.gpu.workspace import kept_if_captured, layer_buffers
+from cumoe.gpu.workspace import layer_buffers
 
 WEIGHT_ON = ("input", "activation", "output")
 WeightOn = Literal["input", "activation", "output"]

@@ -11,6 +11,7 @@ from cumoe.door.checks import as_float_dtype, check_dtype, check_rank, check_sha
 from cumoe.door.factors import admit_factors
 from cumoe.door.output import admit_residual, output
 from cumoe.door.streams import on_producers_stream
+from cumoe.gpu.captures import kept_by_results, kept_for_good
 from cumoe.gpu.combine import combine as gpu_combine
 
 
@@ -68,8 +69,8 @@ def combine(
     Notes
     -----
     Sums are float32 in the order of the formula and rounded once. GPU: one launch on the current stream, no host
-    synchronisation, can be captured; reads (top_k + num_shared) * num_tokens rows and the residual,
-    writes num_tokens.
+    synchronisation, can be captured; reads (top_k + num_shared) * num_tokens rows and the residual, writes num_tokens.
+    In a capture the result keeps all memory that the graph uses; with `out` it is kept until the process ends.
     """
     sorted_rows, kind = admit("rows", rows)
     check_rank("rows", sorted_rows, ("num_tokens * top_k", "hidden_size"))
@@ -88,7 +89,8 @@ def combine(
         check_shape(
             "shared_rows", shared, {"num_shared": len(shared), "num_tokens": num_tokens, "hidden_size": hidden_size}
         )
-    with on_device(kind):
+    used = sorted_rows, groups, weights, shared, residual, out
+    with on_device(kind), (kept_by_results if out is None else kept_for_good)(kind, *used) as keep:
         result_dtype, shape = as_float_dtype("dtype", dtype, np.float32), (num_tokens, hidden_size)
         apart = {"rows": sorted_rows, "shared_rows": shared, "topk_weights": weights}
         y, result = output(out, shape, result_dtype, kind, "rows", **apart)
@@ -98,4 +100,4 @@ def combine(
             shared = None if shared is None else cupy.ascontiguousarray(shared)
         engine = gpu_combine if kind.on_gpu else cpu_combine
         engine(sorted_rows, groups.inverse_permutation, weights, shared, y, added)
-    return result if out is not None else give_back(y, kind)
+    return result if keep is None else give_back(keep(y), kind)

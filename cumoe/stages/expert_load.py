@@ -9,6 +9,7 @@ from cumoe.cpu.group import group as cpu_group
 from cumoe.data.routing import GPU_MAX_EXPERTS, admit_routing
 from cumoe.door.arrays import admit, admit_like, cupy, give_back, on_device
 from cumoe.door.checks import FLOAT_DTYPES, check_count, check_dtype, check_rank, check_shape, check_word, refuse
+from cumoe.gpu.captures import kept_by_results
 from cumoe.gpu.group import group as gpu_group
 
 SCORINGS = ("softmax", "sigmoid")
@@ -73,7 +74,7 @@ def expert_load(
     -1 and their logits are left out.
 
     GPU: on the current stream, nothing on the host waits; a grouping and some elementwise kernels, which CuPy compiles
-    when they are first used. The same bits on every run.
+    when they are first used. The same bits on every run. In a capture each result keeps all memory that the graph uses.
     """
     if not isinstance(routing, Sequence) or len(routing) != 2:
         raise TypeError(refuse("routing", "a cumoe.Routing or a pair (topk_ids, topk_weights)", type(routing).__name__))
@@ -90,14 +91,14 @@ def expert_load(
         logits = admit_like("router_logits", router_logits, kind, "topk_ids")
         check_dtype("router_logits", logits, FLOAT_DTYPES)
         check_shape("router_logits", logits, {"num_tokens": num_tokens, "num_experts": num_experts})
-    with on_device(kind):
+    with on_device(kind), kept_by_results(kind, topk_ids, logits) as keep:
         xp, group = (cupy, gpu_group) if kind.on_gpu else (np, cpu_group)
         counts = group(topk_ids, num_experts).tokens_per_expert
         measures = [*_evenness(xp, counts), None, None]
         if logits is not None:
             measures[2:] = _losses(xp, counts, logits, scoring)
-        found = [None if value is None else give_back(xp.asarray(value, np.float32), kind) for value in measures]
-    return ExpertLoad(give_back(counts, kind), *found)
+        measures = [None if value is None else xp.asarray(value, np.float32) for value in measures]
+    return ExpertLoad(*(None if value is None else give_back(keep(value), kind) for value in (counts, *measures)))
 
 
 def _evenness(xp: Any, counts: Any) -> tuple[Any, Any]:

@@ -8,6 +8,7 @@ from cumoe.data.routing import GPU_MAX_EXPERTS, as_int32_ids, check_ids
 from cumoe.door.arrays import admit, give_back, on_device
 from cumoe.door.checks import check_count
 from cumoe.door.streams import on_producers_stream
+from cumoe.gpu.captures import kept_by_results
 from cumoe.gpu.group import group as gpu_group
 
 
@@ -46,8 +47,8 @@ def group(topk_ids: Any, num_experts: int) -> Groups:
 
     Notes
     -----
-    GPU: one launch up to 1024 slots, two above; current stream, no host synchronisation, can be captured in a graph; no
-    atomic decides a position.
+    GPU: one launch up to 1024 slots, two above; current stream, no host synchronisation, can be captured in a graph,
+    and then each result keeps all memory that the graph uses; no atomic decides a position.
 
     Examples
     --------
@@ -63,6 +64,6 @@ def group(topk_ids: Any, num_experts: int) -> Groups:
     check_count("num_experts", num_experts, 1)
     if kind.on_gpu:
         check_count("num_experts", num_experts, 1, GPU_MAX_EXPERTS, of=" on a GPU")
-    with on_device(kind):
+    with on_device(kind), kept_by_results(kind, ids) as keep:
         groups = (gpu_group if kind.on_gpu else cpu_group)(as_int32_ids(ids), num_experts)
-    return Groups(*(give_back(field, kind) for field in groups))
+    return Groups(*(give_back(keep(field), kind) for field in groups))

@@ -17,6 +17,7 @@ from cumoe.door.checks import (
 )
 from cumoe.door.factors import admit_factors
 from cumoe.door.streams import on_producers_stream
+from cumoe.gpu.captures import kept_by_results
 from cumoe.gpu.experts import grouped_gemm as gpu_grouped_gemm
 
 
@@ -74,8 +75,9 @@ def grouped_gemm(
     Notes
     -----
     Accumulation in float32. GPU: one launch and a fill with zeros on the current stream, no host synchronisation,
-    can be captured; a row has the same bits whatever other rows there are. 16-bit arrays whose strides and bases
-    are multiples of 16 bytes run on tensor cores, all others on float32 units.
+    can be captured, and then the result keeps all memory that the graph uses; a row has the same bits whatever other
+    rows there are. 16-bit arrays whose strides and bases are multiples of 16 bytes run on tensor cores, all others on
+    float32 units.
     """
     check_word("rows", rows, ("sorted", "tokens"))
     a, kind = admit("x", x)
@@ -97,5 +99,5 @@ def grouped_gemm(
     result_dtype = as_float_dtype("dtype", dtype, a.dtype)
     slots_per_a_row = top_k if rows == "tokens" else 0
     engine = gpu_grouped_gemm if kind.on_gpu else cpu_grouped_gemm
-    with on_device(kind):
-        return give_back(engine(a, weights, groups, bias, scale, slots_per_a_row, result_dtype), kind)
+    with on_device(kind), kept_by_results(kind, a, weights, groups, bias, scale) as keep:
+        return give_back(keep(engine(a, weights, groups, bias, scale, slots_per_a_row, result_dtype)), kind)

@@ -7,6 +7,7 @@ from cumoe.data.routing import Router, Routing, admit_input_ids, check_logits
 from cumoe.door.arrays import admit, give_back, on_device
 from cumoe.door.checks import refuse
 from cumoe.door.streams import on_producers_stream
+from cumoe.gpu.captures import kept_by_results
 from cumoe.gpu.route import route as gpu_route
 
 
@@ -44,13 +45,14 @@ def route(router_logits: Any, router: Router, input_ids: Any = None) -> Routing:
     Notes
     -----
     GPU: one launch, scores and weights in float32, nothing on the host waits, can be captured in a graph; the same bits
-    on every run. A row with NaN logits gets distinct ids in range and NaN weights.
+    on every run. A row with NaN logits gets distinct ids in range and NaN weights. In a capture each result keeps all
+    memory that the graph uses.
     """
     if not isinstance(router, Router):
         raise TypeError(refuse("router", "a cumoe.Router", type(router).__name__))
     logits, kind = admit("router_logits", router_logits)
     check_logits("router_logits", logits, kind, router)
-    with on_device(kind):
+    with on_device(kind), kept_by_results(kind, logits, router, input_ids) as keep:
         ids = admit_input_ids(input_ids, router, kind, "router_logits", logits.shape[0])
         routing = gpu_route(logits, router, input_ids=ids) if kind.on_gpu else cpu_route(logits, router, ids)
-    return Routing(give_back(routing.topk_ids, kind), give_back(routing.topk_weights, kind))
+    return Routing(*(give_back(keep(field), kind) for field in routing))

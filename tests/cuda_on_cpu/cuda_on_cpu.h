@@ -136,6 +136,7 @@ inline unsigned __reduce_add_sync(unsigned mask, unsigned value, CUDA_ON_CPU_SIT
 
 // Threads run one at a time.
 inline int atomicAdd(int* address, int value) { int old = *address; *address += value; return old; }
+inline unsigned atomicExch(unsigned* address, unsigned value) { unsigned old = *address; *address = value; return old; }
 inline void __threadfence() {}
 
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
