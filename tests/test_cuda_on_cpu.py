@@ -47,7 +47,14 @@ NOT_HERE = " and ".join(
     for words in (
         # Pools are CuPy's, not the kernels'; threads take turns here, and one dtype shows what there is to see of pools
         # and graphs.
-        *("threads_share", "(graph_replays and float16)", "(allocate_nothing and float16)", "graph_uses", "in_a_graph_uses", "pool_with"),
+        *(
+            "threads_share",
+            "(graph_replays and float16)",
+            "(allocate_nothing and float16)",
+            "graph_uses",
+            "in_a_graph_uses",
+            "pool_with",
+        ),
         # Here every run is the same; and more of the same is long.
         *("every_time", "many_tokens", "(normal_numbers and 400)", "test_sizes", "two_bytes_count", "not_square"),
         *("bias_was_in_the_weights",),
