@@ -73,24 +73,24 @@ def combine(
     In a capture the result keeps all memory that the graph uses; with `out` it is kept until the process ends.
     """
     sorted_rows, kind = admit("rows", rows)
-    check_rank("rows", sorted_rows, ("num_tokens * top_k", "hidden_size"))
-    check_dtype("rows", sorted_rows, (np.dtype(np.float32),))
-    groups = check_groups(groups, kind, "rows")
-    num_tokens, top_k = groups.inverse_permutation.shape
-    hidden_size = sorted_rows.shape[1]
-    check_shape("rows", sorted_rows, {"num_tokens * top_k": num_tokens * top_k, "hidden_size": hidden_size})
-    axes = {"num_tokens": num_tokens, "top_k": top_k}
-    weights = admit_factors("topk_weights", topk_weights, axes, kind, "rows")
-    shared = None
-    if shared_rows is not None:
-        shared = admit_like("shared_rows", shared_rows, kind, "rows")
-        check_rank("shared_rows", shared, ("num_shared", "num_tokens", "hidden_size"))
-        check_dtype("shared_rows", shared, (np.dtype(np.float32),))
-        check_shape(
-            "shared_rows", shared, {"num_shared": len(shared), "num_tokens": num_tokens, "hidden_size": hidden_size}
-        )
-    used = sorted_rows, groups, weights, shared, residual, out
+    used = rows, groups, topk_weights, shared_rows, residual, out
     with on_device(kind), (kept_by_results if out is None else kept_for_good)(kind, *used) as keep:
+        check_rank("rows", sorted_rows, ("num_tokens * top_k", "hidden_size"))
+        check_dtype("rows", sorted_rows, (np.dtype(np.float32),))
+        groups = check_groups(groups, kind, "rows")
+        num_tokens, top_k = groups.inverse_permutation.shape
+        hidden_size = sorted_rows.shape[1]
+        check_shape("rows", sorted_rows, {"num_tokens * top_k": num_tokens * top_k, "hidden_size": hidden_size})
+        axes = {"num_tokens": num_tokens, "top_k": top_k}
+        weights = admit_factors("topk_weights", topk_weights, axes, kind, "rows")
+        shared = None
+        if shared_rows is not None:
+            shared = admit_like("shared_rows", shared_rows, kind, "rows")
+            check_rank("shared_rows", shared, ("num_shared", "num_tokens", "hidden_size"))
+            check_dtype("shared_rows", shared, (np.dtype(np.float32),))
+            check_shape(
+                "shared_rows", shared, {"num_shared": len(shared), "num_tokens": num_tokens, "hidden_size": hidden_size}
+            )
         result_dtype, shape = as_float_dtype("dtype", dtype, np.float32), (num_tokens, hidden_size)
         apart = {"rows": sorted_rows, "shared_rows": shared, "topk_weights": weights}
         y, result = output(out, shape, result_dtype, kind, "rows", **apart)

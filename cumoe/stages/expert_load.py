@@ -79,19 +79,19 @@ def expert_load(
     if not isinstance(routing, Sequence) or len(routing) != 2:
         raise TypeError(refuse("routing", "a cumoe.Routing or a pair (topk_ids, topk_weights)", type(routing).__name__))
     ids, kind = admit("topk_ids", routing[0])
-    check_rank("topk_ids", ids, ("num_tokens", "top_k"))
-    num_tokens = ids.shape[0]
-    topk_ids = admit_routing(routing, kind, "topk_ids", num_tokens).topk_ids
-    num_experts = check_count("num_experts", num_experts, 1)
-    if kind.on_gpu:
-        check_count("num_experts", num_experts, 1, GPU_MAX_EXPERTS, of=" on a GPU")
-    check_word("scoring", scoring, SCORINGS)
-    logits = None
-    if router_logits is not None:
-        logits = admit_like("router_logits", router_logits, kind, "topk_ids")
-        check_dtype("router_logits", logits, FLOAT_DTYPES)
-        check_shape("router_logits", logits, {"num_tokens": num_tokens, "num_experts": num_experts})
-    with on_device(kind), kept_by_results(kind, topk_ids, logits) as keep:
+    with on_device(kind), kept_by_results(kind, *routing, router_logits) as keep:
+        check_rank("topk_ids", ids, ("num_tokens", "top_k"))
+        num_tokens = ids.shape[0]
+        topk_ids = admit_routing(routing, kind, "topk_ids", num_tokens).topk_ids
+        num_experts = check_count("num_experts", num_experts, 1)
+        if kind.on_gpu:
+            check_count("num_experts", num_experts, 1, GPU_MAX_EXPERTS, of=" on a GPU")
+        check_word("scoring", scoring, SCORINGS)
+        logits = None
+        if router_logits is not None:
+            logits = admit_like("router_logits", router_logits, kind, "topk_ids")
+            check_dtype("router_logits", logits, FLOAT_DTYPES)
+            check_shape("router_logits", logits, {"num_tokens": num_tokens, "num_experts": num_experts})
         xp, group = (cupy, gpu_group) if kind.on_gpu else (np, cpu_group)
         counts = group(topk_ids, num_experts).tokens_per_expert
         measures = [*_evenness(xp, counts), None, None]

@@ -81,23 +81,24 @@ def grouped_gemm(
     """
     check_word("rows", rows, ("sorted", "tokens"))
     a, kind = admit("x", x)
-    check_dtype("x", a, FLOAT_DTYPES)
-    check_rank("x", a, ("rows", "K"))
-    weights = admit_like("w", w, kind, "x")
-    check_rank("w", weights, ("num_experts", "N", "K"))
-    check_same_dtype("w", weights, a.dtype, "x")
-    num_experts, width, inner = weights.shape
-    for axis, size in (("num_experts", num_experts), ("N", width), ("K", inner)):
-        check_count(f"{axis} of w", size, 1)
-    groups = check_groups(groups, kind, "x")
-    check_shape("expert_offsets", groups.expert_offsets, {"num_experts + 1": num_experts + 1})
-    num_tokens, top_k = groups.inverse_permutation.shape
-    num_rows = num_tokens if rows == "tokens" else num_tokens * top_k
-    check_shape("x", a, {"num_tokens" if rows == "tokens" else "num_tokens * top_k": num_rows, "K": inner})
-    bias = admit_factors("bias", bias, {"num_experts": num_experts, "N": width}, kind, "x")
-    scale = admit_factors("row_scale", row_scale, {"num_tokens": num_tokens, "top_k": top_k}, kind, "x")
-    result_dtype = as_float_dtype("dtype", dtype, a.dtype)
-    slots_per_a_row = top_k if rows == "tokens" else 0
-    engine = gpu_grouped_gemm if kind.on_gpu else cpu_grouped_gemm
-    with on_device(kind), kept_by_results(kind, a, weights, groups, bias, scale) as keep:
-        return give_back(keep(engine(a, weights, groups, bias, scale, slots_per_a_row, result_dtype)), kind)
+    with on_device(kind), kept_by_results(kind, x, w, groups, bias, row_scale) as keep:
+        check_dtype("x", a, FLOAT_DTYPES)
+        check_rank("x", a, ("rows", "K"))
+        weights = admit_like("w", w, kind, "x")
+        check_rank("w", weights, ("num_experts", "N", "K"))
+        check_same_dtype("w", weights, a.dtype, "x")
+        num_experts, width, inner = weights.shape
+        for axis, size in (("num_experts", num_experts), ("N", width), ("K", inner)):
+            check_count(f"{axis} of w", size, 1)
+        groups = check_groups(groups, kind, "x")
+        check_shape("expert_offsets", groups.expert_offsets, {"num_experts + 1": num_experts + 1})
+        num_tokens, top_k = groups.inverse_permutation.shape
+        num_rows = num_tokens if rows == "tokens" else num_tokens * top_k
+        check_shape("x", a, {"num_tokens" if rows == "tokens" else "num_tokens * top_k": num_rows, "K": inner})
+        bias = admit_factors("bias", bias, {"num_experts": num_experts, "N": width}, kind, "x")
+        scale = admit_factors("row_scale", row_scale, {"num_tokens": num_tokens, "top_k": top_k}, kind, "x")
+        result_dtype = as_float_dtype("dtype", dtype, a.dtype)
+        slots_per_a_row = top_k if rows == "tokens" else 0
+        engine = gpu_grouped_gemm if kind.on_gpu else cpu_grouped_gemm
+        result = engine(a, weights, groups, bias, scale, slots_per_a_row, result_dtype)
+    return give_back(keep(result), kind)
