@@ -3,9 +3,14 @@
 import hypothesis
 import pytest
 
+wanted = False
+"""Set before tests are collected, for those that have lists of their own."""
+
 
 def begin(max_examples: int) -> None:
     """Take examples from a fixed seed; tests that say how many they want inherit the rest."""
+    global wanted  # noqa: PLW0603 - of the process
+    wanted = True
     base = hypothesis.settings.get_profile("cumoe")
     hypothesis.settings.register_profile(
         "few_examples", base, derandomize=True, database=None, max_examples=max_examples
