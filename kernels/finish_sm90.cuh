@@ -1,8 +1,8 @@
 // finish_sm90: the epilogue of the Hopper grouped GEMM, from wgmma accumulators to stored rows.
 //
 // The formula is that of epilogue.cuh. Usual activations are computed where the accumulators are; the results go through a
-// slab of shared memory of the consumer's own (SLAB_ROWS rows of 64 features at a time, 16-byte chunks permuted), because a lane has
-// two weight rows of many tokens while memory wants many features of one token.
+// slab of shared memory of the consumer's own (SLAB_ROWS rows of 64 features at a time, 16-byte chunks permuted), because a
+// lane has two weight rows of many tokens while memory wants many features of one token.
 #pragma once
 #include "epilogue.cuh"
 #include "tiles_sm90.cuh"
@@ -60,7 +60,8 @@ template <typename T, typename Shape> struct Finish {
     for (int q = 0; q < 8; ++q) v[q] += bias[q / 2 % 2];
   }
 
-  // What is to be done to every result, in registers: where the stack lies, each piece would be fetched again for all 16 rows.
+  // What is to be done to every result, in registers: from where the stack lies each piece would be fetched again for every
+  // 16 rows.
   enum { SCALE_IN = 1, BIAS = 2, CLAMP = 4, CLAMP_GATE = 8, CLAMP_RESULT = 16, RELU_OF = 32, SQUARE = 64, SCALE_OUT = 128 };
   struct Steps { int what; float limit, up_offset; Sigmoidal sigmoid; };
   __device__ __forceinline__ Steps steps() const {

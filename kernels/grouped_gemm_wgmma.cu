@@ -2,6 +2,8 @@
 // defines in front of this text: 24 units, so that they compile side by side.
 #include "grouped_gemm_wgmma.cuh"
 
-extern "C" __global__ void __cluster_dims__(UNIT_SHAPE::CLUSTER, 1, 1) __launch_bounds__(hopper::GroupedGemm<UNIT_TYPE, UNIT_SHAPE, UNIT_ORDER>::THREADS,
-                                             UNIT_SHAPE::BLOCKS_PER_SM)
+using UnitGemm = hopper::GroupedGemm<UNIT_TYPE, UNIT_SHAPE, UNIT_ORDER>;
+
+extern "C" __global__ void __cluster_dims__(UnitGemm::CLUSTER, 1, 1)
+    __launch_bounds__(UnitGemm::THREADS, UNIT_SHAPE::BLOCKS_PER_SM)
     UNIT_NAME(const __grid_constant__ WgmmaLaunch launch) { hopper::grouped_gemm<UNIT_TYPE, UNIT_SHAPE, UNIT_ORDER>(launch); }

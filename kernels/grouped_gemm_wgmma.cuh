@@ -16,7 +16,7 @@
 //              smallest tiles (INNER) one run, with eight gate and eight up rows in turn, and twice the inner positions.
 //              Either way a lane holds both halves of a pair
 //   smem       num_stages x (2 HALF_ROWS + TOKEN_ROWS) rows of 64 inner positions (128 bytes, swizzled as wgmma wants them),
-//              a slab of MAX_ROWS x 64 results a consumer, RING descriptions of tiles with their row factors, row blocks
+//              a slab of SLAB_ROWS x 64 results a consumer, RING descriptions of tiles with their row factors, row blocks
 //
 //   barrier     count       from                  a phase ends when
 //   full[s]     1 + 128     weights, tokens       TMA and the copies have written stage s
@@ -54,12 +54,11 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
   static constexpr int ROWS_BYTES = MAX_ROWS * ROW_BYTES, TOKEN_BYTES = (Shape::HALVES == INNER ? 2 : 1) * ROWS_BYTES;
   static constexpr int W_BYTES = 2 * HALF_BYTES, STAGE_BYTES = W_BYTES + TOKEN_BYTES;
   static constexpr int CONSUMER_WARPS = CONSUMERS * WARPGROUP / WARP, CLUSTER = Shape::CLUSTER;
+  static constexpr int RING = Shape::RING, ROWS_OF_BOX = Shape::ROWS_OF_BOX;
   using Tiles = Schedule<Shape, ORDER>;
   using Place = RingPlace<MAX_ROWS>;
   using Epilogue = Finish<T, Shape>;
   using Accumulators = typename Epilogue::Accumulators;
-
-  static constexpr int RING = Shape::RING, ROWS_OF_BOX = Shape::ROWS_OF_BOX;
 
   struct Barriers {
     uint64 full[MAX_STAGES], empty[MAX_STAGES], placed[RING], told[RING], done[RING], free[RING], wanted;
@@ -79,6 +78,7 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
   __device__ __forceinline__ uint32 done(int place) const { return shared_address(&barriers.done[place]); }
   __device__ __forceinline__ uint32 free(int place) const { return shared_address(&barriers.free[place]); }
   __device__ __forceinline__ uint32 wanted() const { return shared_address(&barriers.wanted); }
+
   // A place in the ring of tiles, and the parity of the round: both follow from the number of the block's tile.
   struct Turn {
     int tile = 0;

@@ -18,28 +18,20 @@ __device__ __forceinline__ void barrier_arrive_expect(uint32 barrier, int bytes)
 __device__ __forceinline__ void barrier_arrive_after_copies(uint32 barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
-// Waits for the end of the phase of this parity.
-__device__ __forceinline__ void barrier_wait(uint32 barrier, int parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}" ::"r"(barrier), "r"(parity) : "memory");
-}
-
-// Whether the phase has ended already.
-__device__ __forceinline__ bool barrier_test(uint32 barrier, int parity) {
-  int done;
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-      "selp.b32 %0, 1, 0, done;\n"
-      "}" : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
-  return done;
-}
+// Waits for the end of the phase of this parity; the second one also sees what threads of other blocks of the cluster wrote
+// before they arrived.
+#define BARRIER_WAIT(NAME, SEMANTICS)                                                    \
+  __device__ __forceinline__ void NAME(uint32 barrier, int parity) {                     \
+    asm volatile(                                                                        \
+        "{\n"                                                                            \
+        ".reg .pred done;\n"                                                             \
+        "again:\n"                                                                       \
+        "mbarrier.try_wait.parity" SEMANTICS ".shared::cta.b64 done, [%0], %1;\n"        \
+        "@!done bra again;\n"                                                            \
+        "}" ::"r"(barrier), "r"(parity) : "memory");                                     \
+  }
+BARRIER_WAIT(barrier_wait, "")
+BARRIER_WAIT(barrier_wait_for_cluster, ".acquire.cluster")
 
 // --- clusters: neighbouring blocks that see each other's shared memory -----------------------------------------------------
 
@@ -55,16 +47,6 @@ __device__ __forceinline__ void barrier_arrive_there(uint32 barrier_there) {
 // The same, so that who waits for the cluster sees what this thread wrote before: a fence, which takes half a microsecond.
 __device__ __forceinline__ void barrier_release_there(uint32 barrier_there) {
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier_there) : "memory");
-}
-// Waits for the end of a phase, and sees what threads of other blocks wrote before they arrived.
-__device__ __forceinline__ void barrier_wait_for_cluster(uint32 barrier, int parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}" ::"r"(barrier), "r"(parity) : "memory");
 }
 // Stores 4 bytes, which the barrier in the same block has to expect.
 __device__ __forceinline__ void send_there(uint32 address_there, int value, uint32 barrier_there) {
@@ -91,13 +73,14 @@ __device__ __forceinline__ void load_tensor_4d(uint32 destination, const TensorM
 }
 
 // The same into all blocks of `blocks` (a bit each) of the cluster, at the same addresses, with a barrier in each.
-__device__ __forceinline__ void load_tensor_4d_for(unsigned short blocks, uint32 destination, const TensorMap& map, uint32 barrier,
-                                                   int c0, int c1, int c2, int c3) {
+__device__ __forceinline__ void load_tensor_4d_for(unsigned short blocks, uint32 destination, const TensorMap& map,
+                                                   uint32 barrier, int c0, int c1, int c2, int c3) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
       " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;"
       ::"r"(destination), "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"(blocks) : "memory");
 }
+
 __device__ __forceinline__ void load_tensor_5d(uint32 destination, const TensorMap& map, uint32 barrier, int c0, int c1,
                                                int c2, int c3, int c4) {
   asm volatile(

@@ -3,7 +3,9 @@
 import os
 
 import hypothesis
+import numpy as np
 import pytest
+from checkpoint_files import MIXTRAL, mixtral, write_checkpoint
 from support import CPU, GPU, gpu_is_there
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes most of a GPU's memory when it starts
@@ -32,3 +34,21 @@ def jax():
     module = pytest.importorskip("jax")
     with module.default_device(module.devices("cpu")[0]):
         yield module
+
+
+@pytest.fixture
+def rng():
+    """Return a generator that gives every test the same numbers."""
+    return np.random.default_rng(7)
+
+
+@pytest.fixture
+def arrays(rng):
+    """Return the tensors of a tiny Mixtral checkpoint, for the tests of checkpoints."""
+    return mixtral(rng)
+
+
+@pytest.fixture
+def checkpoint(tmp_path, arrays):
+    """Return the folder of that checkpoint."""
+    return write_checkpoint(tmp_path / "checkpoint", MIXTRAL, arrays)

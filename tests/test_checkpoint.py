@@ -23,21 +23,6 @@ def device(backend):
     return "cpu" if backend is CPU else "gpu"
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng(7)
-
-
-@pytest.fixture
-def arrays(rng):
-    return mixtral(rng)
-
-
-@pytest.fixture
-def checkpoint(tmp_path, arrays):
-    return write_checkpoint(tmp_path / "checkpoint", MIXTRAL, arrays)
-
-
 def recorded(path, folder):
     """Return (folder of the checkpoint, arrays) of a recorded layer; config.json says what its case says."""
     case = dict(np.load(path.with_suffix(".npz")))

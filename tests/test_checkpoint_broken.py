@@ -16,21 +16,6 @@ W1 = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
 GATE = "model.layers.0.block_sparse_moe.gate.weight"
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng(7)
-
-
-@pytest.fixture
-def arrays(rng):
-    return mixtral(rng)
-
-
-@pytest.fixture
-def checkpoint(tmp_path, arrays):
-    return write_checkpoint(tmp_path / "checkpoint", MIXTRAL, arrays)
-
-
 def changed(**values):
     """Return a change of config.json."""
 

@@ -17,11 +17,6 @@ BLOCK = "model.layers.0.block_sparse_moe"
 
 
 @pytest.fixture
-def rng():
-    return np.random.default_rng(7)
-
-
-@pytest.fixture
 def small_pieces(monkeypatch):
     """Make a matrix many pieces, the last of them shorter."""
     monkeypatch.setattr(pieces, "PIECE_BYTES", 128)

@@ -56,7 +56,7 @@ def _holding(array: Any, held: list[Any]) -> Any:
 
 
 @contextmanager
-def kept_for_good(kind: Kind, *arrays: Any) -> Iterator[None]:
-    """Keep the same until the process ends: the result is an array of the user's that can hold nothing."""
+def kept_for_good(kind: Kind, *arrays: Any) -> Iterator[Callable[[Any], Any]]:
+    """Keep the same until the process ends: the result is an array of the user's, which can hold nothing."""
     with kept_if_captured(_for_good, kind, *arrays):
-        yield
+        yield lambda result: result

@@ -80,7 +80,7 @@ CONFIGS = (
     TileConfig("mma", block_m=128, half=128, block_k=32, stages=3, blocks_per_sm=1),
     TileConfig("simt", block_m=64, half=32, block_k=16, stages=0, blocks_per_sm=2),
 )
-"""Every tile that a kernel is compiled for, the smaller ones of an engine first."""
+"""Every tile that a kernel is compiled for, the smaller ones of an engine first, pairs of blocks behind single ones."""
 
 SMALLEST_WGMMA_TILE = next(config for config in CONFIGS if config.engine == "wgmma")
 
@@ -97,7 +97,7 @@ WGMMA_MEAN_ROWS = (
 pays where most experts have two runs of rows, or many."""
 
 MANY_ROWS = 144
-"""More rows of a wide shared expert than this are no reason for a larger tile."""
+"""Tiles for more mean rows than this suit any wide shared expert."""
 
 WOVEN_TILES, ALONE_TILES, FEW_TILES = 3, 10, 18
 """Up to how many tiles an SM has in the first product, the smallest wgmma tile weaves pairs, has an SM for itself, and

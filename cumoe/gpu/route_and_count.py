@@ -75,9 +75,8 @@ def _groups_fit(router: Router, num_experts: int) -> bool:
 
 def words_per_warp(router: Router, num_choices: int) -> int:
     """Return the words of shared memory of a warp: its lists, or what route.cuh needs for an odd token."""
-    list_words = 32 * (
-        max(keys_of_lane(num_choices), LIST + 1) + 1
-    )  # keys or lists with an end, and the choices' places
+    keys_or_list = max(keys_of_lane(num_choices), LIST + 1)  # a list has an end
+    list_words = 32 * (keys_or_list + 1)  # behind them stand the choices' places
     return max(list_words, route.words_per_warp(router, num_choices))
 
 

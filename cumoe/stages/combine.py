@@ -100,4 +100,4 @@ def combine(
             shared = None if shared is None else cupy.ascontiguousarray(shared)
         engine = gpu_combine if kind.on_gpu else cpu_combine
         engine(sorted_rows, groups.inverse_permutation, weights, shared, y, added)
-    return result if keep is None else give_back(keep(y), kind)
+    return result if out is not None else give_back(keep(y), kind)
