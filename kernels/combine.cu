@@ -1,9 +1,11 @@
 // combine: y[t] = sum_j weight[t, j] * rows[inverse_permutation[t, j]] + sum_s shared_rows[s, t] + residual[t], rounded once
 //
-//   grid     blocks over (token, run of columns); a thread owns VECTOR neighbouring columns of one token
+//   grid     as many blocks as are resident, over (token, run of columns); a thread owns VECTOR neighbouring columns of a token
 //   order    slots 0 .. top_k - 1, then shared experts 0 .. num_shared - 1, then the residual, in float32: the same
 //            bits on every run
-//   memory   the residual and AHEAD rows, routed and shared alike, are asked for before the first is added, 16 bytes each
+//   memory   the residual and AHEAD rows, routed and shared alike, are asked for before the first is added, 16 bytes each;
+//            where a token has few rows, more blocks keep as many bytes on their way. Nobody reads a row again: it is the
+//            first to leave the L2
 //   edges    a slot without an expert (row -1) adds nothing; VECTOR = 1 serves widths and addresses that are odd; y
 //            may be the residual: a thread reads its elements before it writes them
 #include "overlap.cuh"
@@ -23,12 +25,13 @@ struct CombineLaunch {
 };
 static_assert(sizeof(CombineLaunch) == 72, "cumoe/gpu/combine.py packs 72 bytes");
 
-constexpr int THREADS = 256, AHEAD = 4;
+constexpr int THREADS = 256, MANY = 4, FEW = 2;  // rows ahead
 #if __CUDA_ARCH__ == 900
-constexpr int MIN_BLOCKS = 3;  // an SM: 80 registers a thread
+constexpr int BLOCKS_OF_MANY = 3;  // an SM: 80 registers a thread
 #else
-constexpr int MIN_BLOCKS = 2;
+constexpr int BLOCKS_OF_MANY = 2;
 #endif
+constexpr int BLOCKS_OF_FEW = 4;
 
 template <typename T, int VECTOR> struct alignas(sizeof(T) * VECTOR) Pack { T at[VECTOR]; };
 
@@ -36,8 +39,16 @@ template <typename T, int VECTOR> __device__ __forceinline__ Pack<T, VECTOR> loa
   return *reinterpret_cast<const Pack<T, VECTOR>*>(static_cast<const T*>(base) + index);
 }
 
+template <typename T, int VECTOR> __device__ __forceinline__ Pack<T, VECTOR> load_once(const void* base, int64 index) {
+  if constexpr (sizeof(T) * VECTOR == 16) {
+    int4 bits = __ldcs(reinterpret_cast<const int4*>(static_cast<const T*>(base) + index));
+    return *reinterpret_cast<Pack<T, VECTOR>*>(&bits);
+  }
+  return load<T, VECTOR>(base, index);
+}
+
 // T: type of y; R: type of the rows.
-template <typename T, typename R, int VECTOR> __device__ __forceinline__ void combine(const CombineLaunch& p) {
+template <typename T, typename R, int VECTOR, int AHEAD> __device__ __forceinline__ void combine(const CombineLaunch& p) {
   wait_for_previous_kernel();
   launch_next_kernel();
   int columns = p.hidden_size / VECTOR, num_sources = p.top_k + p.num_shared;
@@ -62,7 +73,7 @@ template <typename T, typename R, int VECTOR> __device__ __forceinline__ void co
         exists[j] = row >= 0 || (source >= p.top_k && source < num_sources);
         int64 index = row >= 0 ? (int64)row * p.hidden_size + column
                                : (int64)(source - p.top_k) * p.num_tokens * p.hidden_size + at;
-        if (exists[j]) values[j] = load<R, VECTOR>(row >= 0 ? p.rows : p.shared_rows, index);
+        if (exists[j]) values[j] = load_once<R, VECTOR>(row >= 0 ? p.rows : p.shared_rows, index);
       }
 #pragma unroll
       for (int j = 0; j < AHEAD; ++j)
@@ -84,9 +95,15 @@ template <typename T, typename R, int VECTOR> __device__ __forceinline__ void co
 
 }  // namespace combine
 
-#define COMBINE(NAME, T, R, VECTOR)                                                                        \
-  extern "C" __global__ void __launch_bounds__(combine::THREADS, combine::MIN_BLOCKS)                      \
-      NAME(const __grid_constant__ combine::CombineLaunch launch) { combine::combine<T, R, VECTOR>(launch); }
+#define COMBINE(NAME, T, R, VECTOR)                                                               \
+  extern "C" __global__ void __launch_bounds__(combine::THREADS, combine::BLOCKS_OF_MANY)         \
+      NAME(const __grid_constant__ combine::CombineLaunch launch) {                               \
+    combine::combine<T, R, VECTOR, combine::MANY>(launch);                                        \
+  }                                                                                               \
+  extern "C" __global__ void __launch_bounds__(combine::THREADS, combine::BLOCKS_OF_FEW)          \
+      NAME##_few(const __grid_constant__ combine::CombineLaunch launch) {                         \
+    combine::combine<T, R, VECTOR, combine::FEW>(launch);                                         \
+  }
 
 COMBINE(combine_float32_float32_1, float, float, 1)
 COMBINE(combine_float32_float32_4, float, float, 4)

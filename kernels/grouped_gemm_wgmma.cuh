@@ -41,9 +41,9 @@
 //
 // The sum over the inner dimension runs in the same order whatever the tile, so a row has the same bits in every batch.
 #pragma once
+#include "barriers_sm90.cuh"
 #include "finish_sm90.cuh"
 #include "overlap.cuh"
-#include "positions_sm90.cuh"
 #include "wgmma.cuh"
 
 namespace hopper {
@@ -53,49 +53,20 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
   static constexpr int THREADS = (2 + CONSUMERS) * WARPGROUP, HALF_BYTES = HALF_ROWS * ROW_BYTES;
   static constexpr int ROWS_BYTES = MAX_ROWS * ROW_BYTES, TOKEN_BYTES = (Shape::HALVES == INNER ? 2 : 1) * ROWS_BYTES;
   static constexpr int W_BYTES = 2 * HALF_BYTES, STAGE_BYTES = W_BYTES + TOKEN_BYTES;
-  static constexpr int CONSUMER_WARPS = CONSUMERS * WARPGROUP / WARP, CLUSTER = Shape::CLUSTER;
+  static constexpr int CLUSTER = Shape::CLUSTER;
   static constexpr int RING = Shape::RING, ROWS_OF_BOX = Shape::ROWS_OF_BOX;
   using Tiles = Schedule<Shape, ORDER>;
   using Place = RingPlace<MAX_ROWS>;
+  using Meetings = Barriers<Shape>;
+  using Turn = hopper::Turn<RING>;
   using Epilogue = Finish<T, Shape>;
   using Accumulators = typename Epilogue::Accumulators;
 
-  struct Barriers {
-    uint64 full[MAX_STAGES], empty[MAX_STAGES], placed[RING], told[RING], done[RING], free[RING], wanted;
-    Mail mail;
-  };
-
   const WgmmaLaunch& launch;
   Tiles schedule;
-  Barriers& barriers;
+  Meetings& barriers;
   Place* ring;
   uint32 smem;  // the stages, then the slabs
-
-  __device__ __forceinline__ uint32 full(int stage) const { return shared_address(&barriers.full[stage]); }
-  __device__ __forceinline__ uint32 empty(int stage) const { return shared_address(&barriers.empty[stage]); }
-  __device__ __forceinline__ uint32 placed(int place) const { return shared_address(&barriers.placed[place]); }
-  __device__ __forceinline__ uint32 told(int place) const { return shared_address(&barriers.told[place]); }
-  __device__ __forceinline__ uint32 done(int place) const { return shared_address(&barriers.done[place]); }
-  __device__ __forceinline__ uint32 free(int place) const { return shared_address(&barriers.free[place]); }
-  __device__ __forceinline__ uint32 wanted() const { return shared_address(&barriers.wanted); }
-
-  // A place in the ring of tiles, and the parity of the round: both follow from the number of the block's tile.
-  struct Turn {
-    int tile = 0;
-    __device__ __forceinline__ int place() const { return tile % RING; }
-    __device__ __forceinline__ int parity() const { return tile / RING % 2; }
-  };
-
-  // The same in the ring of stages, whose length is not a power of two; in one register.
-  struct Cursor {
-    int twice_at_plus_parity = 0;
-    __device__ __forceinline__ int at() const { return twice_at_plus_parity >> 1; }
-    __device__ __forceinline__ int parity() const { return twice_at_plus_parity & 1; }
-    __device__ __forceinline__ void advance(int length) {
-      twice_at_plus_parity += 2;
-      if (at() == length) twice_at_plus_parity = parity() ^ 1;
-    }
-  };
 
   __device__ __forceinline__ const ExpertStack& stack_of(const TileInfo& tile) const { return launch.stacks[tile.stack_idx]; }
   __device__ __forceinline__ bool is_second(const TileInfo& tile) const { return tile.stack_idx >= launch.num_stacks; }
@@ -104,7 +75,7 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
   enum Known { PLACED, TOLD };
   template <Known KNOWN = TOLD, typename Visit> __device__ __forceinline__ void for_each_tile(Visit visit) const {
     for (Turn turn;; ++turn.tile) {
-      barrier_wait(KNOWN == PLACED ? placed(turn.place()) : told(turn.place()), turn.parity());
+      barrier_wait(KNOWN == PLACED ? barriers.placed(turn.place()) : barriers.told(turn.place()), turn.parity());
       if (ring[turn.place()].tile.stack_idx < 0) return;
       visit(turn);
     }
@@ -115,14 +86,14 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
   __device__ __forceinline__ void plan_tiles(Positions<CLUSTER> position) const {
     for (Turn turn;; ++turn.tile) {
       Place& next = ring[turn.place()];
-      barrier_wait(free(turn.place()), turn.parity() ^ 1);
-      while (!find_tile(position.value, next.tile)) position.advance();
-      if (threadIdx.x % WARP == 0) barrier_arrive(placed(turn.place()));
+      barrier_wait(barriers.free(turn.place()), turn.parity() ^ 1);
+      while (!find_tile(position.value, next.tile)) position.ask(), position.take();
+      if (threadIdx.x % WARP == 0) barrier_arrive(barriers.placed(turn.place()));
       describe_rows(next);
-      barrier_arrive(told(turn.place()));
+      barrier_arrive(barriers.told(turn.place()));
       if (next.tile.stack_idx < 0) return;
-      barrier_wait(wanted(), turn.tile % 2);  // as late as possible, so that the last tiles go to whoever is free
-      position.advance();
+      barrier_wait(barriers.wanted(), turn.tile % 2);  // as late as possible, so that the last tiles go to whoever is free
+      position.ask(), position.take();
     }
   }
 
@@ -153,9 +124,9 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
       TileInfo tile = ring[turn.place()].tile;
 #pragma unroll 1
       for (int k = 0; k < tile.k_blocks; ++k) {
-        barrier_wait(empty(stage.at()), stage.parity() ^ 1);
+        barrier_wait(barriers.empty(stage.at()), stage.parity() ^ 1);
         load_weights(tile, k, stage.at());
-        if (k == max(tile.k_blocks - LEAD, 0)) barrier_arrive(wanted());
+        if (k == max(tile.k_blocks - LEAD, 0)) barrier_arrive(barriers.wanted());
         stage.advance(launch.num_stages);
       }
     });
@@ -166,22 +137,22 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
     const ExpertStack& stack = stack_of(tile);
     const TensorMap& map = launch.w_maps[tile.stack_idx];
     bool pairs = Tiles::pairs(stack), inward = schedule.inward(stack), together = CLUSTER > 1 && tile.is_together;
-    uint32 destination = smem + stage * STAGE_BYTES;
-    barrier_arrive_expect(full(stage), W_BYTES);
+    uint32 destination = smem + stage * STAGE_BYTES, barrier = barriers.full(stage);
+    barrier_arrive_expect(barrier, W_BYTES);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (together && half != rank_in_cluster<CLUSTER>()) continue;
       int row = (pairs || inward ? tile.weight_block : 2 * tile.weight_block + half) * HALF_ROWS;
       int inner = (inward ? 2 * k_block + half : k_block) * BLOCK_K, pair_half = pairs ? half : 0;
+      uint32 begin = destination + half * HALF_BYTES;
       if (ORDER == INNER_MAJOR && inward && pairs) {  // eight gate and eight up rows in turn
-        load_tensor_5d(destination + half * HALF_BYTES, map, full(stage), inner, 0, 0, row / 16, tile.expert);
+        load_tensor_5d(begin, map, barrier, inner, 0, 0, row / 16, tile.expert, weights_hint());
       } else if (ORDER == INNER_MAJOR) {
-        load_box(together, destination + half * HALF_BYTES, map, full(stage), inner, row, pair_half, tile.expert);
+        load_box(together, begin, map, barrier, inner, row, pair_half, tile.expert);
       } else {
 #pragma unroll
         for (int run = 0; run < CONSUMERS; ++run)
-          load_box(together, destination + half * HALF_BYTES + run * RUN_BYTES, map, full(stage), row + run * RUN, inner,
-                   pair_half, tile.expert);
+          load_box(together, begin + run * RUN_BYTES, map, barrier, row + run * RUN, inner, pair_half, tile.expert);
       }
     }
   }
@@ -189,8 +160,10 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
   __device__ __forceinline__ void load_box(bool together, uint32 destination, const TensorMap& map, uint32 barrier, int c0,
                                            int c1, int c2, int c3) const {
     if (together) load_tensor_4d_for(0b11, destination, map, barrier, c0, c1, c2, c3);
+    else if (Shape::HALVES == INNER) load_tensor_4d(destination, map, barrier, c0, c1, c2, c3, weights_hint());
     else load_tensor_4d(destination, map, barrier, c0, c1, c2, c3);
   }
+  __device__ __forceinline__ uint64 weights_hint() const { return launch.pass_through ? EVICT_FIRST : EVICT_NORMAL; }
 
   // --- tokens: a warpgroup -------------------------------------------------------------------------------------------
 
@@ -201,7 +174,7 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
       if (gathers(stack_of(now.tile))) gather_rows(now, stage);
       else load_rows(now.tile, stage);
       asm volatile("" : "+r"(turn.tile));  // the place is computed again, not kept: 40 registers are few
-      barrier_arrive(done(turn.place()));
+      barrier_arrive(barriers.done(turn.place()));
     });
   }
 
@@ -220,7 +193,7 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
     int block_k = schedule.inward(stack) ? 2 * BLOCK_K : BLOCK_K;
 #pragma unroll 1
     for (int inner_left = stack.inner; inner_left > 0; inner_left -= block_k) {
-      barrier_wait(empty(stage.at()), stage.parity() ^ 1);
+      barrier_wait(barriers.empty(stage.at()), stage.parity() ^ 1);
       uint32 destination = smem + stage.at() * STAGE_BYTES + place_in_stage;
 #pragma unroll
       for (int block = 0; block < TOKEN_BYTES / ROWS_BYTES; ++block) {
@@ -233,7 +206,7 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
           source += BLOCK_K / 8;
         }
       }
-      barrier_arrive_after_copies(full(stage.at()));
+      barrier_arrive_after_copies(barriers.full(stage.at()));
       stage.advance(launch.num_stages);
     }
   }
@@ -245,22 +218,22 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
     if (threadIdx.x == 0 && is_second(tile) && rows > 0) wait_for_first_product(tile);
 #pragma unroll 1
     for (int k = 0; k < tile.k_blocks; ++k) {
-      barrier_wait(empty(stage.at()), stage.parity() ^ 1);
+      barrier_wait(barriers.empty(stage.at()), stage.parity() ^ 1);
       if (threadIdx.x == 0) {
-        barrier_arrive_expect(full(stage.at()), blocks * rows * ROW_BYTES);
+        barrier_arrive_expect(barriers.full(stage.at()), blocks * rows * ROW_BYTES);
 #pragma unroll 1
         for (int block = 0; block < blocks; ++block) {
           uint32 destination = smem + stage.at() * STAGE_BYTES + W_BYTES + block * ROWS_BYTES;
-          int inner = (k * blocks + block) * BLOCK_K, row = 0;
+          int inner = (k * blocks + block) * BLOCK_K, row = 0, begin = tile.row_begin;
 #pragma unroll 1
           for (; row + 64 <= rows; row += 64)
-            load_tensor_4d(destination + row * ROW_BYTES, maps[0], full(stage.at()), inner, tile.row_begin + row, 0, 0);
+            load_tensor_4d(destination + row * ROW_BYTES, maps[0], barriers.full(stage.at()), inner, begin + row, 0, 0);
 #pragma unroll 1
           for (; row < rows; row += ROWS_OF_BOX)
-            load_tensor_4d(destination + row * ROW_BYTES, maps[1], full(stage.at()), inner, tile.row_begin + row, 0, 0);
+            load_tensor_4d(destination + row * ROW_BYTES, maps[1], barriers.full(stage.at()), inner, begin + row, 0, 0);
         }
       } else {
-        barrier_arrive(full(stage.at()));
+        barrier_arrive(barriers.full(stage.at()));
       }
       stage.advance(launch.num_stages);
     }
@@ -281,7 +254,7 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
     constexpr int STEP = ORDER == INNER_MAJOR ? 32 : 16 * ROW_BYTES;  // 16 inner positions of the weights, in bytes
     constexpr int STEPS = BLOCK_K / 16;
     for (int k = 0; k < k_blocks; ++k) {
-      barrier_wait(full(stage.at()), stage.parity());
+      barrier_wait(barriers.full(stage.at()), stage.parity());
       fence_async_proxy();
       uint32 w = smem + stage.at() * STAGE_BYTES + consumer * RUN_BYTES, a = smem + stage.at() * STAGE_BYTES + W_BYTES;
       wgmma_fence();
@@ -295,8 +268,8 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
       wgmma_commit();
       wgmma_wait<0>();  // the other consumer keeps the tensor cores busy meanwhile
       if (threadIdx.x % WARP == 0) {
-        barrier_arrive(empty(stage.at()));
-        if (CLUSTER > 1) barrier_arrive_there(in_other_block(empty(stage.at())));
+        barrier_arrive(barriers.empty(stage.at()));
+        if (CLUSTER > 1) barrier_arrive_there(in_other_block(barriers.empty(stage.at())));
       }
       stage.advance(launch.num_stages);
     }
@@ -331,7 +304,7 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
       Epilogue epilogue{stack_of(tile), ring[turn.place()], Tiles::pairs(stack_of(tile)),
                         schedule.inward(stack_of(tile)), num_rows, consumer, smem + launch.num_stages * STAGE_BYTES + consumer * Epilogue::SLAB_BYTES};
       epilogue.store(acc);  // ends in a barrier of the consumer
-      barrier_arrive(done(turn.place()));
+      barrier_arrive(barriers.done(turn.place()));
     });
   }
 
@@ -341,8 +314,8 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
     for_each_tile([&](Turn turn) {
       TileInfo tile = ring[turn.place()].tile;
       bool awaited = launch.num_products == 2 && !is_second(tile) && tile.num_rows > 0;
-      barrier_wait(done(turn.place()), turn.parity());
-      barrier_arrive(free(turn.place()));
+      barrier_wait(barriers.done(turn.place()), turn.parity());
+      barrier_arrive(barriers.free(turn.place()));
       if (awaited) Progress{launch.progress}.add(tile.row_block);
     });
   }
@@ -352,36 +325,33 @@ template <typename T, typename Shape, WeightOrder ORDER>
 __device__ __forceinline__ void grouped_gemm(const WgmmaLaunch& launch) {
   using Gemm = GroupedGemm<T, Shape, ORDER>;
   extern __shared__ unsigned char dynamic_smem[];
-  __shared__ typename Gemm::Barriers barriers;
+  __shared__ typename Gemm::Meetings barriers;
   __shared__ typename Gemm::Place ring[Gemm::RING];
   uint32 stages = (shared_address(dynamic_smem) + 1023) & ~1023u;
   unsigned char* after = dynamic_smem + (stages - shared_address(dynamic_smem)) + launch.num_stages * Gemm::STAGE_BYTES +
                          Gemm::CONSUMERS * Gemm::Epilogue::SLAB_BYTES;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < launch.num_stages; ++i) {
-      barrier_init(shared_address(&barriers.full[i]), 1 + TOKEN_THREADS);
-      barrier_init(shared_address(&barriers.empty[i]), Gemm::CONSUMER_WARPS * Gemm::CLUSTER);
-    }
-    for (int i = 0; i < Gemm::RING; ++i) {
-      barrier_init(shared_address(&barriers.placed[i]), 1);
-      barrier_init(shared_address(&barriers.told[i]), WARP);
-      barrier_init(shared_address(&barriers.done[i]), TOKEN_THREADS + Gemm::CONSUMER_WARPS * WARP);
-      barrier_init(shared_address(&barriers.free[i]), 1);
-    }
-    barrier_init(shared_address(&barriers.wanted), 1);
-    barrier_init(shared_address(&barriers.mail.sent), 1);
-    barrier_init(shared_address(&barriers.mail.read), 1);
-    barrier_init_fence();
+    barriers.begin(launch.num_stages);
     for (int s = 0; s < launch.num_stacks * launch.num_products; ++s) prefetch_tensor_map(launch.w_maps[s]);
   }
   if (Gemm::CLUSTER > 1) sync_cluster();  // the barriers of both blocks stand
-  wait_for_previous_kernel();
-  launch_next_kernel();
   Gemm gemm{launch, {launch, reinterpret_cast<int*>(after)}, barriers, ring, stages};
   int warp = __shfl_sync(FULL_MASK, threadIdx.x / WARP, 0), warpgroup = warp / 4;
   Positions<Gemm::CLUSTER> position{launch.progress, barriers.mail};
-  if (warp == 4) position.advance();
-  gemm.schedule.template count_row_blocks<Gemm::THREADS>();  // its barriers also publish those above
+  // Before the previous kernel has ended rows are counted as far as can be: that is all there is to count where ids came
+  // early, and elsewhere the code has been fetched then. The barriers in there also publish those above.
+  constexpr int FIRST = Shape::COUNTS_EARLY ? Gemm::Tiles::EARLY_IDS : Gemm::Tiles::OFFSETS;
+#pragma unroll 1
+  for (int source = FIRST; source <= Gemm::Tiles::OFFSETS; ++source) {
+    if (source == Gemm::Tiles::OFFSETS) {
+      wait_for_previous_kernel();
+      launch_next_kernel();
+      if (warp == 4) position.ask();
+      if (Shape::COUNTS_EARLY && launch.early_ids) break;
+    }
+    gemm.schedule.template count_row_blocks<Gemm::THREADS>(static_cast<typename Gemm::Tiles::Source>(source));
+  }
+  if (warp == 4) position.take();
   if (warpgroup == 0) {
     if (Gemm::CONSUMERS == 2) keep_registers<Shape::TOKEN_REGISTERS>();
     gemm.bring_tokens();

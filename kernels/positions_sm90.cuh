@@ -24,16 +24,16 @@ template <int CLUSTER> struct Positions {
 
   __device__ __forceinline__ Positions(int* progress, Mail& of_block) : counter(progress), mail(of_block) {}
 
-  // All lanes of the warp.
-  __device__ __forceinline__ void advance() {
+  // All lanes of the warp. Between the two there is time for other things: the counter is a trip to memory away.
+  __device__ __forceinline__ void ask() {
+    if (!counter) value += (int)(gridDim.x / CLUSTER);
+    else if (rank_in_cluster<CLUSTER>() == 0 && threadIdx.x % WARP == 0) value = atomicAdd(counter, 1);
+  }
+  __device__ __forceinline__ void take() {
     int parity = taken++ % 2;
-    if (!counter) {
-      value += (int)(gridDim.x / CLUSTER);
-    } else if (rank_in_cluster<CLUSTER>() == 0) {
-      if (threadIdx.x % WARP == 0) {
-        value = atomicAdd(counter, 1);
-        if (CLUSTER > 1) send(parity);
-      }
+    if (!counter) return;
+    if (rank_in_cluster<CLUSTER>() == 0) {
+      if (CLUSTER > 1 && threadIdx.x % WARP == 0) send(parity);
       value = __shfl_sync(FULL_MASK, value, 0);
     } else {
       receive(parity);

@@ -72,20 +72,30 @@ __device__ __forceinline__ void load_tensor_4d(uint32 destination, const TensorM
       ::"r"(destination), "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
 }
 
-// The same into all blocks of `blocks` (a bit each) of the cluster, at the same addresses, with a barrier in each.
+// The same with one of two hints, as createpolicy makes them: what leaves the L2 first.
+constexpr uint64 EVICT_NORMAL = 0x1000000000000000, EVICT_FIRST = 0x12f0000000000000;
+__device__ __forceinline__ void load_tensor_4d(uint32 destination, const TensorMap& map, uint32 barrier, int c0, int c1,
+                                               int c2, int c3, uint64 hint) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;"
+      ::"r"(destination), "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(hint) : "memory");
+}
+__device__ __forceinline__ void load_tensor_5d(uint32 destination, const TensorMap& map, uint32 barrier, int c0, int c1,
+                                               int c2, int c3, int c4, uint64 hint) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;"
+      ::"r"(destination), "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "l"(hint) : "memory");
+}
+
+// Without a hint, into all blocks of `blocks` (a bit each) of the cluster, at the same addresses, with a barrier in each.
 __device__ __forceinline__ void load_tensor_4d_for(unsigned short blocks, uint32 destination, const TensorMap& map,
                                                    uint32 barrier, int c0, int c1, int c2, int c3) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
       " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;"
       ::"r"(destination), "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"(blocks) : "memory");
-}
-
-__device__ __forceinline__ void load_tensor_5d(uint32 destination, const TensorMap& map, uint32 barrier, int c0, int c1,
-                                               int c2, int c3, int c4) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];"
-      ::"r"(destination), "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4) : "memory");
 }
 
 // Makes what other threads wrote to shared memory (cp.async, st) visible to the asynchronous proxy of wgmma.

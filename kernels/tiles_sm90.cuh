@@ -12,8 +12,12 @@ struct WgmmaLaunch {
   TensorMap a_maps[2 * MAX_STACKS][2];  // (1, 1, row, inner), boxes of 64 rows and of ROWS_OF_BOX
   ExpertStack stacks[2 * MAX_STACKS];   // num_stacks of the first product, then as many of the second
   int* progress;                        // see Progress; null for one product
+  const int* early_ids;                 // of all slots, if they were there before the previous kernel began; or null
   int num_stacks, num_products, num_stages;
-  int weave;  // 1: tiles whose halves are INNER take pairs as eight gate and eight up rows in turn; 0: as halves
+  // Of tiles whose halves are INNER.
+  int weave;         // 1: they take pairs as eight gate and eight up rows in turn; 0: as halves
+  int pass_through;  // 1: weights are the first to leave the L2 again
+  int num_early_ids;
 };
 static_assert(sizeof(WgmmaLaunch) == 8768, "cumoe/gpu/stacks.py packs 8768 bytes");
 
@@ -37,6 +41,7 @@ template <int ROWS, int CONSUMER_GROUPS, int BLOCKS, Halves OF_TILE, int BLOCKS_
   static constexpr int RING = ROWS > 64 ? 2 : 4;     // tiles that are planned or under way
   static constexpr int ROWS_OF_BOX = ROWS > 16 ? 16 : 8;  // few rows: what comes along would be a quarter of all traffic
   static constexpr Halves HALVES = OF_TILE;
+  static constexpr bool COUNTS_EARLY = ROWS <= 64;  // there are few slots, and every microsecond shows
   static constexpr int SLAB_ROWS = ROWS < 64 ? ROWS : 64;  // results on their way out at a time
   // Of the first consumer: while one finishes a tile, the other multiplies; three stages are too few for a distance.
   static constexpr int HEAD_START_NS = ROWS == 144 ? 1000 : 0;
@@ -84,12 +89,17 @@ template <typename Shape, WeightOrder ORDER> struct Schedule {
   const WgmmaLaunch& launch;
   int* row_blocks_before;  // (num_groups + 1) in shared memory
 
-  template <int THREADS> __device__ __forceinline__ void count_row_blocks() const {
+  // Where the numbers of rows come from: the ids of the slots, whether or not there are any, or the experts' offsets.
+  enum Source { EARLY_IDS, OFFSETS };
+  template <int THREADS> __device__ __forceinline__ void count_row_blocks(Source source) const {
+    if (source == EARLY_IDS) count_early_ids<THREADS>();
     int group = threadIdx.x, first = 0;
     for (int s = 0; s < launch.num_stacks; ++s) {
       const ExpertStack& stack = launch.stacks[s];
-      for (; group - first < stack.num_experts; group += THREADS)
-        row_blocks_before[group] = runs_of(rows_of(stack, group - first).count).row_blocks;
+      for (; group - first < stack.num_experts; group += THREADS) {
+        bool counted = source == EARLY_IDS && stack.expert_offsets;
+        row_blocks_before[group] = runs_of(counted ? row_blocks_before[group] : rows_of(stack, group - first).count).row_blocks;
+      }
       first += stack.num_experts;
     }
     if (group == first) row_blocks_before[group] = 0;
@@ -131,6 +141,19 @@ template <typename Shape, WeightOrder ORDER> struct Schedule {
   }
 
  private:
+  // row_blocks_before[group] <- how many slots name the expert; routed experts are those of the last stack.
+  template <int THREADS> __device__ __forceinline__ void count_early_ids() const {
+    int groups = 0, routed = 0;
+    for (int s = 0; s < launch.num_stacks; ++s) routed = groups, groups += launch.stacks[s].num_experts;
+    for (int group = threadIdx.x; group < groups; group += THREADS) row_blocks_before[group] = 0;
+    __syncthreads();  // the counts are zero
+    for (int slot = threadIdx.x; slot < launch.num_early_ids; slot += THREADS) {
+      uint32 expert = launch.early_ids[slot];
+      if (expert < (uint32)(groups - routed)) atomicAdd(&row_blocks_before[routed + expert], 1);
+    }
+    __syncthreads();  // every slot is counted
+  }
+
   struct Rows { int begin, count; };
   __device__ __forceinline__ static Rows rows_of(const ExpertStack& stack, int expert) {
     if (!stack.expert_offsets) return {0, stack.num_rows};

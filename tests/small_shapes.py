@@ -100,6 +100,12 @@ def is_small(item: pytest.Item) -> bool:
     return all(small.get(function, lambda **_: True)(**params) for small in (SMALL, SMALL_BY_TOOL.get(_tool, {})))
 
 
+def repeats_another(item: pytest.Item) -> bool:
+    """Return whether a test launches what another one does, for the other type of 16 bits; such tests come last."""
+    params = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return any(isinstance(value, str) and value == "float16" for value in params)
+
+
 def make_less_of(module: object, tool: Tool) -> None:
     """Let the tests of a module that go through many cases in one go through fewer."""
     name = getattr(module, "__name__", "").rpartition(".")[2]
@@ -143,6 +149,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         make_less_of(module, tool)
     chosen = [item for item in items if is_small(item)]
     random.Random(0).shuffle(chosen)
+    chosen.sort(key=repeats_another)
     part = part_of(chosen, os.environ.get("SHARD", "1/1"))
     for item in part[:1]:
         item.user_properties.append(("chosen", len(chosen)))

@@ -11,7 +11,7 @@ from support import DTYPES
 
 from cumoe.gpu import config, tensor_map
 from cumoe.gpu.config import StackSizes
-from cumoe.gpu.stacks import strides
+from cumoe.gpu.stacks import ExpertStack, strides
 
 RAGGED = (0, 1, 7, 8, 9, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255)
 TILES = [tile for tile in config.CONFIGS if tile.engine == "wgmma"]
@@ -386,3 +386,10 @@ def test_every_run_of_rows_fits_into_boxes_within_the_stage():
         assert tile.block_m % box == 0
         assert all(-(-rows // box) * box <= tile.block_m for rows in range(1, tile.block_m + 1))
     assert [tile.box_rows for tile in TILES] == [8, 16, 16, 16, 16, 16]
+
+
+@pytest.mark.parametrize(("num_rows", "experts"), [(1, 1), (3, 3), (5, 5), (500, 5)])
+def test_weights_that_rows_may_meet(num_rows, experts):
+    """As many experts as there are rows, or all; what fits into PASSING_BYTES need not stay in the L2."""
+    w = np.zeros((5, 6, 4), np.float16)
+    assert ExpertStack(a=w, w=w, c=w, num_rows=num_rows).weight_bytes == experts * 6 * 4 * 2

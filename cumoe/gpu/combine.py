@@ -7,7 +7,8 @@ from cumoe.gpu.structs import Struct
 
 THREADS = 256
 VECTOR_BYTES = 16  # of a row, read by one thread at a time
-BLOCKS_PER_SM = 16  # grid-stride blocks; enough to hide memory latency and to spread the last wave
+FEW_ROWS = 2  # of a token, for which there are kernels of their own
+BLOCKS_PER_SM, BLOCKS_PER_SM_OF_FEW = 3, 4  # about as many as are resident together, so that all end at the same time
 
 LAUNCH = Struct(
     pointer=("rows", "inverse_permutation", "topk_weights", "shared_rows", "residual", "y"),
@@ -26,6 +27,7 @@ def combine(
     if y.size == 0:
         return
     num_tokens, hidden_size = y.shape
+    num_shared = 0 if shared_rows is None else shared_rows.shape[0]
     argument = LAUNCH(
         rows=rows,
         inverse_permutation=inverse_permutation,
@@ -36,12 +38,14 @@ def combine(
         num_tokens=num_tokens,
         hidden_size=hidden_size,
         top_k=inverse_permutation.shape[1],
-        num_shared=0 if shared_rows is None else shared_rows.shape[0],
+        num_shared=num_shared,
         padding=0,
     )
     aligned = all(array is None or array.data.ptr % 16 == 0 for array in (rows, shared_rows, residual, y))
     vector = VECTOR_BYTES // rows.dtype.itemsize
     vector = vector if hidden_size % vector == 0 and aligned else 1
     blocks = -(-(y.size // vector) // THREADS)
-    grid = min(blocks, BLOCKS_PER_SM * num_multiprocessors(current_device()))
-    launch(f"combine_{y.dtype.name}_{rows.dtype.name}_{vector}", grid, THREADS, argument, overlap=True)
+    few = inverse_permutation.shape[1] + num_shared <= FEW_ROWS
+    per_sm = BLOCKS_PER_SM_OF_FEW if few else BLOCKS_PER_SM
+    name = f"combine_{y.dtype.name}_{rows.dtype.name}_{vector}{'_few' if few else ''}"
+    launch(name, min(blocks, per_sm * num_multiprocessors(current_device())), THREADS, argument, overlap=True)

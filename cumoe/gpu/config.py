@@ -103,6 +103,11 @@ WOVEN_TILES, ALONE_TILES, FEW_TILES = 3, 10, 18
 """Up to how many tiles an SM has in the first product, the smallest wgmma tile weaves pairs, has an SM for itself, and
 serves at all: with few tiles, small ones leave fewer SMs idle at the end; with many, large ones read memory faster."""
 
+PASSING_BYTES = 256 << 20
+"""Up to so many bytes of weights, each of which the smallest wgmma tile reads once, these are the first to leave the L2
+again, and what was there stays. Loads that say so take 2 or 3 per cent longer: with more bytes they cost more than they
+spare."""
+
 
 class StackSizes(NamedTuple):
     """The integers of one expert stack that decide about tiles."""

@@ -73,8 +73,12 @@ def forward(
     shared: tuple[SharedExperts, ...],
     weight_on: str,
     out: dict[str, Any],
+    early_ids: Any = None,
 ) -> tuple[Any, Any]:
-    """Return (rows, shared_rows): weighted routed rows in sorted order, gated shared rows in token order."""
+    """Return (rows, shared_rows): weighted routed rows in sorted order, gated shared rows in token order.
+
+    `early_ids`: see `run_both`.
+    """
     num_tokens, top_k = routing.topk_ids.shape
     factors = routing.topk_weights
 
@@ -110,7 +114,7 @@ def forward(
             first.append(_gate_up(x, own, hidden, num_rows=num_tokens))
             second.append(_down(hidden, own, out["shared_rows"][s], num_rows=num_tokens, scale_out=gates))
             s += 1
-    run_both(first, second, out["progress"])
+    run_both(first, second, out["progress"], early_ids)
     return out["rows"], out["shared_rows"]
 
 

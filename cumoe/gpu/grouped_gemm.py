@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cumoe.gpu.compile import current_device, launch, num_multiprocessors
-from cumoe.gpu.config import TileConfig, grid_size, max_tiles, select_config, spread
+from cumoe.gpu.config import PASSING_BYTES, TileConfig, grid_size, max_tiles, select_config, spread
 from cumoe.gpu.stacks import STACK, ExpertStack, strides
 from cumoe.gpu.structs import Packed, Struct, joined
 from cumoe.gpu.tensor_map import MAP_BYTES, row_map, weight_map
@@ -15,7 +15,10 @@ MAX_STACKS = 8
 """Of one product in a launch; the number is that of kernels/stacks.cuh."""
 
 PORTABLE_TAIL = Struct(int32=("num_stacks", "c_is_float32"))
-WGMMA_TAIL = Struct(pointer=("progress",), int32=("num_stacks", "num_products", "num_stages", "weave"))
+WGMMA_TAIL = Struct(
+    pointer=("progress", "early_ids"),
+    int32=("num_stacks", "num_products", "num_stages", "weave", "pass_through", "num_early_ids"),
+)
 WGMMA_BYTES = -(-(2 * MAX_STACKS * (3 * MAP_BYTES + STACK.itemsize) + WGMMA_TAIL.itemsize) // 64) * 64
 
 
@@ -27,7 +30,7 @@ class Work(NamedTuple):
     stacks: tuple[ExpertStack, ...]
 
 
-def run_both(first: Iterable[ExpertStack], second: Iterable[ExpertStack], progress: Any) -> None:
+def run_both(first: Iterable[ExpertStack], second: Iterable[ExpertStack], progress: Any, early_ids: Any = None) -> None:
     """Launch both projections: stack s of `second` reads what stack s of `first` writes.
 
     The Hopper kernels compute both in one launch if they serve all stacks and these fit; else one projection comes
@@ -37,11 +40,14 @@ def run_both(first: Iterable[ExpertStack], second: Iterable[ExpertStack], progre
     ----------
     progress : (1 + max_row_blocks of every stack,) int32 CuPy array
         Zeros when the launch begins.
+    early_ids : (num_tokens, top_k) C-contiguous int32 CuPy array, optional
+        The experts of all slots, if they were there before the previous kernel on the stream began: rows are then
+        counted before it ends. The routed experts are those of the first stack.
     """
     first, second = ([stack for stack in stacks if stack.num_rows > 0] for stacks in (first, second))
     kernels = {stack.kernel for stack in (*first, *second)}
     if len(kernels) == 1 and len(first) <= MAX_STACKS and (kernel := kernels.pop())[0] == "wgmma":
-        _launch_wgmma(kernel, (first, second), progress)
+        _launch_wgmma(kernel, (first, second), progress, early_ids)
     else:
         run(first)
         run(second)
@@ -77,7 +83,9 @@ def _launch_portable(kernel: tuple[str, ...], stacks: Sequence[ExpertStack]) -> 
     launch(name, grid, config.threads, packed, shared_bytes, work=work)
 
 
-def _launch_wgmma(kernel: tuple[str, ...], products: Sequence[Sequence[ExpertStack]], progress: Any = None) -> None:
+def _launch_wgmma(
+    kernel: tuple[str, ...], products: Sequence[Sequence[ExpertStack]], progress: Any = None, early_ids: Any = None
+) -> None:
     _, dtype, order = kernel
     sizes = [tuple(stack.sizes for stack in stacks) for stacks in products]
     num_sms = _num_sms()
@@ -87,10 +95,13 @@ def _launch_wgmma(kernel: tuple[str, ...], products: Sequence[Sequence[ExpertSta
     ordered = [stack for first, *others in products for stack in (*others, first)]
     tail = WGMMA_TAIL(
         progress=progress,
+        early_ids=early_ids,
         num_stacks=len(products[0]),
         num_products=len(products),
         num_stages=config.stages,
         weave=config.pairs == "woven",
+        pass_through=sum(stack.weight_bytes for stack in ordered) <= PASSING_BYTES,
+        num_early_ids=0 if early_ids is None else early_ids.size,
     )
     packed = joined((_maps(ordered, order, config), _pack(ordered, 2 * MAX_STACKS), tail))
     grid = grid_size(config, tiles, num_sms)

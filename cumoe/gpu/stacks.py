@@ -47,6 +47,12 @@ class ExpertStack:
         return StackSizes(self.w.shape[0], self.num_rows, self.w.shape[1])
 
     @property
+    def weight_bytes(self) -> int:
+        """How many bytes of weights the rows meet at most."""
+        num_experts, weight_rows, inner = self.w.shape
+        return min(num_experts, self.num_rows) * weight_rows * inner * self.w.dtype.itemsize
+
+    @property
     def kernel(self) -> tuple[str, ...]:
         """Return the engine of the kernel that serves this stack, and what besides the tile tells its kernels apart.
 

@@ -138,6 +138,7 @@ inline unsigned __reduce_add_sync(unsigned mask, unsigned value, CUDA_ON_CPU_SIT
 inline int atomicAdd(int* address, int value) { int old = *address; *address += value; return old; }
 inline unsigned atomicExch(unsigned* address, unsigned value) { unsigned old = *address; *address = value; return old; }
 inline void __threadfence() {}
+template <typename T> T __ldcs(const T* address) { return *address; }
 
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __ffs(unsigned value) { return __builtin_ffs(static_cast<int>(value)); }
