@@ -3,8 +3,8 @@
 # With the folder of `tests/checkpoint_oracles.py make .oracle`, layers of all families are compared with their modules.
 # Usage: [PYTHON=python3.12] [RECORDS=folder] [FUZZ_CASES=10000] [SANITIZE=1] .ci/gpu.sh [arguments of pytest]
 # SANITIZE=1 adds the tests at small shapes under the four tools of compute-sanitizer, SANITIZE=only is that alone. Each
-# tool runs every test once, in as many processes side by side as SANITIZE_SHARDS says ("racecheck=8 memcheck=3"; a tool
-# that is not named is left out). They start no test after SANITIZE_SECONDS=400 and are ended 100 s later. The table of
+# tool runs every test once, in as many processes side by side as SANITIZE_SHARDS says ("racecheck=10 memcheck=2"; a tool
+# that is not named is left out). They start no test after SANITIZE_SECONDS=500 and are ended 100 s later. The table of
 # what was tried comes last, and behind it what a tool had no time for and what took longest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -38,9 +38,9 @@ fi
 if [ -n "${SANITIZE:-}" ]; then
   # A core and at most 4 GiB of CuPy's pool for each of 16 processes; racecheck is the slowest by far.
   export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 CUPY_GPU_MEMORY_LIMIT=$((4 << 30))
-  seconds=${SANITIZE_SECONDS:-400}
+  seconds=${SANITIZE_SECONDS:-500}
   parts=() processes=()
-  for word in ${SANITIZE_SHARDS:-racecheck=8 memcheck=3 initcheck=3 synccheck=2}; do
+  for word in ${SANITIZE_SHARDS:-racecheck=10 memcheck=2 initcheck=2 synccheck=2}; do
     tool=${word%%=*} count=${word#*=}
     [[ $word == *=* ]] || { printf 'SANITIZE_SHARDS: expected tool=number, got %s\n' "$word" >&2; exit 2; }
     rm -f "$records/$tool"-*of*.*
