@@ -95,15 +95,14 @@ template <typename T, typename R, int VECTOR, int AHEAD> __device__ __forceinlin
 
 }  // namespace combine
 
-#define COMBINE(NAME, T, R, VECTOR)                                                               \
-  extern "C" __global__ void __launch_bounds__(combine::THREADS, combine::BLOCKS_OF_MANY)         \
-      NAME(const __grid_constant__ combine::CombineLaunch launch) {                               \
-    combine::combine<T, R, VECTOR, combine::MANY>(launch);                                        \
-  }                                                                                               \
-  extern "C" __global__ void __launch_bounds__(combine::THREADS, combine::BLOCKS_OF_FEW)          \
-      NAME##_few(const __grid_constant__ combine::CombineLaunch launch) {                         \
-    combine::combine<T, R, VECTOR, combine::FEW>(launch);                                         \
+#define COMBINE_AHEAD(NAME, T, R, VECTOR, AHEAD, BLOCKS)                                                    \
+  extern "C" __global__ void __launch_bounds__(combine::THREADS, combine::BLOCKS)                           \
+      NAME(const __grid_constant__ combine::CombineLaunch launch) {                                         \
+    combine::combine<T, R, VECTOR, combine::AHEAD>(launch);                                                 \
   }
+#define COMBINE(NAME, T, R, VECTOR)                                                                         \
+  COMBINE_AHEAD(NAME, T, R, VECTOR, MANY, BLOCKS_OF_MANY)                                                   \
+  COMBINE_AHEAD(NAME##_few, T, R, VECTOR, FEW, BLOCKS_OF_FEW)
 
 COMBINE(combine_float32_float32_1, float, float, 1)
 COMBINE(combine_float32_float32_4, float, float, 4)

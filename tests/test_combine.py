@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import DTYPES, assert_close, random_layer
+from support import DTYPES, GPU, assert_close, random_layer
 
 import cumoe
+from cumoe.gpu.combine import combine as gpu_combine
 
 
 def one_signed(rng, *shape):
@@ -198,3 +199,22 @@ def test_four_stages_make_a_layer(backend, dtype, layout, biases):
 
     whole = cumoe.moe(x, routing, experts, weight_on="output")
     assert_close(backend.asnumpy(y), backend.asnumpy(whole).astype(np.float64), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("hidden_size", [1, 8, 67, 1032])
+@pytest.mark.parametrize(("top_k", "num_shared"), [(3, 2), (2, 0), (1, 1)])
+def test_narrow_rows(dtype, hidden_size, top_k, num_shared):
+    """Rows in the dtype of the result, as the Hopper kernels write them, many and few; by 16 bytes, or by one number."""
+    rng = np.random.default_rng(hidden_size)
+    rows = rng.standard_normal((10 * top_k, hidden_size)).astype(DTYPES[dtype])
+    shared = rng.standard_normal((num_shared, 10, hidden_size)).astype(DTYPES[dtype])
+    weights = rng.random((10, top_k), np.float32)
+    inverse = rng.permutation(10 * top_k).astype(np.int32).reshape(10, top_k)
+    inverse[3] = -1
+    y = GPU.asarray(np.full((10, hidden_size), np.nan, DTYPES[dtype]))
+    gpu_combine(*map(GPU.asarray, (rows, inverse, weights, shared)), y)
+    factors = np.where(inverse < 0, 0, weights).astype(np.float64)
+    definition = (factors[:, :, None] * rows.astype(np.float64)[inverse]).sum(axis=1) + shared.astype(np.float64).sum(0)
+    assert_close(GPU.asnumpy(y), definition, dtype)

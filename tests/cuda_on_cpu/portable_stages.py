@@ -1,18 +1,17 @@
-"""Routing, grouping and combining at the sizes where kernels turn a corner: warps, blocks, vectors.
+"""Routing and grouping at the sizes where kernels turn a corner: warps and blocks.
 
 Run by tests/test_cuda_on_cpu.py with plugin.py, never by itself: `cupy` is the fake one here.
 """
 
 import numpy as np
 import pytest
-from support import DTYPES, GPU, assert_close
+from support import DTYPES, GPU
 from test_group import assert_same, sort
 from test_group import run as run_group
 from test_route import SCORINGS, assert_routing
 from test_route import run as run_route
 
 import cumoe
-from cumoe.gpu.combine import combine as gpu_combine
 
 pytestmark = pytest.mark.gpu
 
@@ -55,20 +54,3 @@ def test_groups_at_every_corner(num_slots, num_experts):
     ids[rng.random(ids.shape) < 0.01] = np.iinfo(np.int32).min
     ids[rng.random(ids.shape) < 0.01] = np.iinfo(np.int32).max
     assert_same(run_group(GPU, GPU.asarray(ids), num_experts), sort(ids, num_experts))
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("hidden_size", [1, 8, 67, 1032])
-def test_combine_of_narrow_rows(dtype, hidden_size):
-    """Rows in the dtype of the result, as the Hopper kernels write them: by 16 bytes, or one at a time."""
-    rng = np.random.default_rng(hidden_size)
-    rows = rng.standard_normal((30, hidden_size)).astype(DTYPES[dtype])
-    shared = rng.standard_normal((2, 10, hidden_size)).astype(DTYPES[dtype])
-    weights = rng.random((10, 3), np.float32)
-    inverse = rng.permutation(30).astype(np.int32).reshape(10, 3)
-    inverse[3] = -1
-    y = GPU.asarray(np.full((10, hidden_size), np.nan, DTYPES[dtype]))
-    gpu_combine(*map(GPU.asarray, (rows, inverse, weights, shared)), y)
-    factors = np.where(inverse < 0, 0, weights).astype(np.float64)
-    definition = (factors[:, :, None] * rows.astype(np.float64)[inverse]).sum(axis=1) + shared.astype(np.float64).sum(0)
-    assert_close(GPU.asnumpy(y), definition, dtype)
