@@ -206,7 +206,7 @@ def test_four_stages_make_a_layer(backend, dtype, layout, biases):
 @pytest.mark.parametrize("hidden_size", [1, 8, 67, 1032])
 @pytest.mark.parametrize(("top_k", "num_shared"), [(3, 2), (2, 0), (1, 1)])
 def test_narrow_rows(dtype, hidden_size, top_k, num_shared):
-    """Rows in the dtype of the result, as the Hopper kernels write them, many and few; by 16 bytes, or by one number."""
+    """Rows in the dtype of the result, as the Hopper kernels write them, many and few; by 16 bytes or one number."""
     rng = np.random.default_rng(hidden_size)
     rows = rng.standard_normal((10 * top_k, hidden_size)).astype(DTYPES[dtype])
     shared = rng.standard_normal((num_shared, 10, hidden_size)).astype(DTYPES[dtype])
