@@ -87,13 +87,13 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
     for (Turn turn;; ++turn.tile) {
       Place& next = ring[turn.place()];
       barrier_wait(barriers.free(turn.place()), turn.parity() ^ 1);
-      while (!find_tile(position.value, next.tile)) position.ask(), position.take();
+      while (!find_tile(position.value, next.tile)) position.advance();
       if (threadIdx.x % WARP == 0) barrier_arrive(barriers.placed(turn.place()));
       describe_rows(next);
       barrier_arrive(barriers.told(turn.place()));
       if (next.tile.stack_idx < 0) return;
       barrier_wait(barriers.wanted(), turn.tile % 2);  // as late as possible, so that the last tiles go to whoever is free
-      position.ask(), position.take();
+      position.advance();
     }
   }
 

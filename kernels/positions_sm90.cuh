@@ -24,7 +24,10 @@ template <int CLUSTER> struct Positions {
 
   __device__ __forceinline__ Positions(int* progress, Mail& of_block) : counter(progress), mail(of_block) {}
 
-  // All lanes of the warp. Between the two there is time for other things: the counter is a trip to memory away.
+  // All lanes of the warp.
+  __device__ __forceinline__ void advance() { ask(), take(); }
+
+  // The two halves of it, between which there is time for other things: the counter is a trip to memory away.
   __device__ __forceinline__ void ask() {
     if (!counter) value += (int)(gridDim.x / CLUSTER);
     else if (rank_in_cluster<CLUSTER>() == 0 && threadIdx.x % WARP == 0) value = atomicAdd(counter, 1);

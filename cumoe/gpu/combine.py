@@ -8,7 +8,7 @@ from cumoe.gpu.structs import Struct
 THREADS = 256
 VECTOR_BYTES = 16  # of a row, read by one thread at a time
 FEW_ROWS = 2  # of a token, for which there are kernels of their own
-BLOCKS_PER_SM, BLOCKS_PER_SM_OF_FEW = 3, 4  # about as many as are resident together, so that all end at the same time
+BLOCKS_PER_SM, BLOCKS_PER_SM_OF_FEW = 3, 4  # as many as are resident on Hopper, so that all end together
 
 LAUNCH = Struct(
     pointer=("rows", "inverse_permutation", "topk_weights", "shared_rows", "residual", "y"),
