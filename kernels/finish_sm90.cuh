@@ -30,78 +30,72 @@ template <typename T, typename Shape> struct Finish {
   // two, with the same result.
   enum Form { ROWS_ALONE, PAIR_OF_HALVES, PAIR_WOVEN };
 
-  // RAMP: identity, relu, relu2 of single rows. SIGMOIDAL: silu and gelu_tanh of pairs. Both in registers; whatever else
-  // there is takes the detour of store_any.
-  enum Kind { RAMP, SIGMOIDAL, ANY };
+  // How results are finished. In registers: PLAIN, which is identity of single rows, silu and gelu_tanh of pairs; and MORE,
+  // which adds relu and relu2 to the one and clamps to the other. Whatever else there is takes the detour of store_any.
+  enum Kind { PLAIN, MORE, ANY };
 
   __device__ __forceinline__ Kind kind() const {
     const Activation& act = stack.activation;
-    if (pairs) return act.name == SILU || act.name == GELU_TANH ? SIGMOIDAL : ANY;
-    bool ramp = act.name == IDENTITY || act.name == RELU || act.name == RELU2;
-    return ramp && act.clamp == CLAMP_NONE && stack.pairing == PAIR_NONE ? RAMP : ANY;
+    if (pairs && (act.name == SILU || act.name == GELU_TANH)) return act.clamp == CLAMP_NONE ? PLAIN : MORE;
+    if (pairs || act.clamp != CLAMP_NONE || stack.pairing != PAIR_NONE) return ANY;
+    return act.name == IDENTITY ? PLAIN : act.name == RELU || act.name == RELU2 ? MORE : ANY;
   }
 
   // g * sigmoid(g * (c1 + c3 * g^2)), with log2(e) in the constants: silu, and gelu_tanh since (1 + tanh(z)) / 2 =
   // sigmoid(2 z).
-  struct Sigmoidal { float c1, c3; };
+  struct Sigmoidal { float c1, c3, up_offset; };
   __device__ __forceinline__ static Sigmoidal sigmoidal(const Activation& act) {
     constexpr float LOG2_E = 1.4426950408889634f, TWICE_ROOT = 2.0f * 0.79788456080286536f;
-    return act.name == SILU ? Sigmoidal{act.alpha * LOG2_E, 0.0f}
-                            : Sigmoidal{TWICE_ROOT * LOG2_E, TWICE_ROOT * 0.044715f * LOG2_E};
+    bool silu = act.name == SILU;
+    Sigmoidal phi{silu ? act.alpha * LOG2_E : TWICE_ROOT * LOG2_E, silu ? 0.0f : TWICE_ROOT * 0.044715f * LOG2_E,
+                  act.up_offset};
+    // In registers: from where the stack lies they would be fetched again for every 16 rows.
+    asm volatile("" : "+f"(phi.c1), "+f"(phi.c3), "+f"(phi.up_offset));
+    return phi;
   }
 
-  __device__ __forceinline__ void scale(float (&v)[8], const float* factors, int row) const {
-    float2 low = *reinterpret_cast<const float2*>(factors + row), high = *reinterpret_cast<const float2*>(factors + row + 8);
-    v[0] *= low.x, v[1] *= low.y, v[2] *= low.x, v[3] *= low.y;
-    v[4] *= high.x, v[5] *= high.y, v[6] *= high.x, v[7] *= high.y;
-  }
-  __device__ __forceinline__ static void add_bias(float (&v)[8], const float (&bias)[2]) {
+  // v <- v * factor of its row + bias of its weight row; v <- v * factor.
+  __device__ __forceinline__ static void scale_and_add(float (&v)[8], const float* factors, const float (&bias)[2]) {
+    float2 low = *reinterpret_cast<const float2*>(factors), high = *reinterpret_cast<const float2*>(factors + 8);
 #pragma unroll
-    for (int q = 0; q < 8; ++q) v[q] += bias[q / 2 % 2];
+    for (int q = 0; q < 8; ++q) {
+      float2 two = q < 4 ? low : high;
+      v[q] = fmaf(v[q], q % 2 ? two.y : two.x, bias[q / 2 % 2]);
+    }
+  }
+  __device__ __forceinline__ static void scale(float (&v)[8], const float* factors) {
+    float2 low = *reinterpret_cast<const float2*>(factors), high = *reinterpret_cast<const float2*>(factors + 8);
+#pragma unroll
+    for (int q = 0; q < 8; ++q) {
+      float2 two = q < 4 ? low : high;
+      v[q] *= q % 2 ? two.y : two.x;
+    }
   }
 
-  // What is to be done to every result, in registers: from where the stack lies each piece would be fetched again for every
-  // 16 rows.
-  enum { SCALE_IN = 1, BIAS = 2, CLAMP = 4, CLAMP_GATE = 8, CLAMP_RESULT = 16, RELU_OF = 32, SQUARE = 64, SCALE_OUT = 128 };
-  struct Steps { int what; float limit, up_offset; Sigmoidal sigmoid; };
-  __device__ __forceinline__ Steps steps() const {
+  // v <- phi(v) * (up + up_offset)
+  template <Kind KIND> __device__ __forceinline__ void gate(float (&v)[8], float (&up)[8], const Sigmoidal& phi) const {
     const Activation& act = stack.activation;
-    int what = (stack.scale_in ? SCALE_IN : 0) | (stack.bias ? BIAS : 0) | (stack.scale_out ? SCALE_OUT : 0) |
-               (act.clamp != CLAMP_NONE ? CLAMP : 0) | (act.clamp == CLAMP_BEFORE ? CLAMP_GATE : 0) |
-               (act.clamp == CLAMP_AFTER ? CLAMP_RESULT : 0) | (act.name == RELU || act.name == RELU2 ? RELU_OF : 0) |
-               (act.name == RELU2 ? SQUARE : 0);
-    Steps all{what, act.limit, act.up_offset, sigmoidal(act)};
-    asm volatile("" : "+r"(all.what), "+f"(all.limit), "+f"(all.up_offset), "+f"(all.sigmoid.c1), "+f"(all.sigmoid.c3));
-    return all;
-  }
-
-  __device__ __forceinline__ static void gate(float (&v)[8], float (&up)[8], const Steps& todo) {
-    if (todo.what & CLAMP) {
+    if (KIND == MORE) {
 #pragma unroll
       for (int q = 0; q < 8; ++q) {
-        up[q] = at_least(at_most(up[q], todo.limit), -todo.limit);
-        if (todo.what & CLAMP_GATE) v[q] = at_most(v[q], todo.limit);
+        up[q] = at_least(at_most(up[q], act.limit), -act.limit);
+        if (act.clamp == CLAMP_BEFORE) v[q] = at_most(v[q], act.limit);
       }
     }
 #pragma unroll
     for (int q = 0; q < 8; ++q) {
-      float z = v[q] * fmaf(todo.sigmoid.c3 * v[q], v[q], todo.sigmoid.c1), e;
+      float z = v[q] * fmaf(phi.c3 * v[q], v[q], phi.c1), e;
       asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(-z));
       v[q] = __fdividef(v[q], 1.0f + e);
+      if (KIND == MORE && act.clamp == CLAMP_AFTER) v[q] = at_most(v[q], act.limit);
+      v[q] *= up[q] + phi.up_offset;
     }
-    if (todo.what & CLAMP_RESULT) {
-#pragma unroll
-      for (int q = 0; q < 8; ++q) v[q] = at_most(v[q], todo.limit);
-    }
-#pragma unroll
-    for (int q = 0; q < 8; ++q) v[q] *= up[q] + todo.up_offset;
   }
-  __device__ __forceinline__ static void ramp(float (&v)[8], const Steps& todo) {
-    if (!(todo.what & RELU_OF)) return;
+  __device__ __forceinline__ void ramp(float (&v)[8]) const {
 #pragma unroll
     for (int q = 0; q < 8; ++q) {
-      float positive = at_least(v[q], 0.0f);
-      v[q] = todo.what & SQUARE ? positive * positive : positive;
+      v[q] = at_least(v[q], 0.0f);
+      if (stack.activation.name == RELU2) v[q] *= v[q];
     }
   }
 
@@ -116,74 +110,55 @@ template <typename T, typename Shape> struct Finish {
     }
   }
 
-  // v, up <- what the accumulators have of 16 rows: set SET, J-th 16 rows; of pairs both sets.
-  template <Form FORM, int SET, int J>
-  __device__ __forceinline__ static void copy(const Accumulators& acc, float (&v)[8], float (&up)[8]) {
-    if constexpr (8 * J < ACCUMULATORS) {
-#pragma unroll
-      for (int q = 0; q < 8; ++q) {
-        v[q] = acc[SET][8 * J + (FORM == PAIR_WOVEN ? q & ~2 : q)];
-        if (FORM != ROWS_ALONE) up[q] = acc[FORM == PAIR_WOVEN ? 0 : 1][8 * J + (FORM == PAIR_WOVEN ? q | 2 : q)];
-      }
-    }
-  }
+  // v <- what the accumulators have of the J-th 16 rows: set SET, or one part of a pair.
+  enum Part { OF_SET, GATE, UP };
   template <Form FORM, int SET>
-  __device__ __forceinline__ static void copy_any(int j, const Accumulators& acc, float (&v)[8], float (&up)[8]) {
-    switch (j) {
-      case 0: copy<FORM, SET, 0>(acc, v, up); break;
-      case 1: copy<FORM, SET, 1>(acc, v, up); break;
-      case 2: copy<FORM, SET, 2>(acc, v, up); break;
-      case 3: copy<FORM, SET, 3>(acc, v, up); break;
-      case 4: copy<FORM, SET, 4>(acc, v, up); break;
-      case 5: copy<FORM, SET, 5>(acc, v, up); break;
-      case 6: copy<FORM, SET, 6>(acc, v, up); break;
-      case 7: copy<FORM, SET, 7>(acc, v, up); break;
-      case 8: copy<FORM, SET, 8>(acc, v, up); break;
-      case 9: copy<FORM, SET, 9>(acc, v, up); break;
-      case 10: copy<FORM, SET, 10>(acc, v, up); break;
-      default: copy<FORM, SET, 11>(acc, v, up);
+  __device__ __forceinline__ static void take(Part part, int j, const Accumulators& acc, float (&v)[8]) {
+#pragma unroll
+    for (int q = 0; q < 8; ++q) {
+      if (FORM == ROWS_ALONE) v[q] = acc[SET][8 * j + q];
+      if (FORM == PAIR_OF_HALVES) v[q] = acc[part == UP][8 * j + q];
+      if (FORM == PAIR_WOVEN) v[q] = acc[0][8 * j + (part == UP ? q | 2 : q & ~2)];
     }
-  }
-  // The same for any set and any j. Registers have no index, so each j has a branch of its own, and what follows is there
-  // once: with a copy for each j the first tile of a block waited 15,000 to 30,000 cycles for instructions.
-  template <Form FORM>
-  __device__ __forceinline__ static void take(int set, int j, const Accumulators& acc, float (&v)[8], float (&up)[8]) {
-    if (FORM != ROWS_ALONE || set == 0) copy_any<FORM, 0>(j, acc, v, up);
-    else copy_any<FORM, 1>(j, acc, v, up);
   }
 
-  template <Form FORM> __device__ __forceinline__ void store_set(const Accumulators& acc, int set, int feature) const {
+  // Straight on, with a copy for every 16 rows: registers have no index, and a loop that branched to one of several moves took
+  // three times as long. Factors and biases that are not there are 1 and 0.
+  template <Form FORM, int SET, Kind KIND>
+  __device__ __forceinline__ void store_set(const Accumulators& acc, int feature) const {
     int thread = thread_of_warpgroup(), lane = thread % WARP, warp = thread / WARP;
     constexpr bool PAIRED = FORM != ROWS_ALONE;
     float bias[2], up_bias[2];
     load_bias<FORM>(bias, feature, 0);
     if (PAIRED) load_bias<FORM>(up_bias, feature, 1);
-    Steps todo = steps();
+    Sigmoidal phi = sigmoidal(stack.activation);
     int slab_row = lane % 8 + lane / 16 * 8, twin = lane / 8 % 2;
     int slab_chunk = FORM == PAIR_WOVEN ? warp + 4 * twin : warp * 2 + twin;
     uint32 address = slab + slab_row * 128 + ((slab_chunk ^ (lane & 7)) << 4);
-#pragma unroll 1
-    for (int first_row = 0; first_row < num_rows; first_row += 16) {
-      int row = first_row + 2 * (lane % 4);
-      float v[8], up[8];
-      take<FORM>(set, first_row / 16, acc, v, up);
-      if (todo.what & SCALE_IN) {
-        scale(v, place.scale_in, row);
-        if (PAIRED) scale(up, place.scale_in, row);
-      }
-      if (todo.what & BIAS) {
-        add_bias(v, bias);
-        if (PAIRED) add_bias(up, up_bias);
-      }
-      if (PAIRED) gate(v, up, todo);
-      else ramp(v, todo);
-      if (todo.what & SCALE_OUT) scale(v, place.scale_out, row);
-      uint32 packed[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) packed[i] = pack_two(T(), v[2 * i], v[2 * i + 1]);
-      store_matrix_x4_transposed(address + first_row % SLAB_ROWS * 128, packed);
-      if ((first_row + 16) % SLAB_ROWS == 0 || first_row + 16 >= num_rows)
-        store_slab<FORM>(feature, first_row / SLAB_ROWS * SLAB_ROWS);
+    for (int first_row = 0; first_row < MAX_ROWS; first_row += SLAB_ROWS) {
+      if (first_row >= num_rows) break;
+#pragma unroll
+      for (int row = first_row; row < first_row + SLAB_ROWS && row < MAX_ROWS; row += 16) {
+        if (row >= num_rows) break;
+        const float *in = place.scale_in + row + 2 * (lane % 4), *out = place.scale_out + row + 2 * (lane % 4);
+        float v[8], up[8];
+        take<FORM, SET>(PAIRED ? GATE : OF_SET, row / 16, acc, v);
+        scale_and_add(v, in, bias);
+        if (PAIRED) {
+          take<FORM, SET>(UP, row / 16, acc, up);
+          scale_and_add(up, in, up_bias);
+          gate<KIND>(v, up, phi);
+        } else if (KIND == MORE) {
+          ramp(v);
+        }
+        scale(v, out);
+        uint32 packed[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) packed[i] = pack_two(T(), v[2 * i], v[2 * i + 1]);
+        store_matrix_x4_transposed(address + (row - first_row) * 128, packed);
+      }
+      store_slab<FORM>(feature, first_row);
     }
   }
 
@@ -214,7 +189,7 @@ template <typename T, typename Shape> struct Finish {
   // Everything that has no way of its own, slower but in a tenth of the code: 16 rows of accumulators at a time go to the
   // slab as they are, and a thread finishes one result after the other. `weight_row` is that of the first accumulator;
   // an interleaved pair that came in single rows lies in neighbouring columns.
-  template <Form FORM> __device__ __forceinline__ void store_any(const Accumulators& acc, int set, int weight_row) const {
+  template <Form FORM, int SET> __device__ __forceinline__ void store_any(const Accumulators& acc, int weight_row) const {
     int thread = thread_of_warpgroup(), lane = thread % WARP, warp = thread / WARP;
     constexpr bool PAIRED = FORM != ROWS_ALONE;
     bool neighbours = !PAIRED && stack.pairing == PAIR_INTERLEAVED;
@@ -222,14 +197,17 @@ template <typename T, typename Shape> struct Finish {
     float* rows = reinterpret_cast<float*>(__cvta_shared_to_generic(slab));  // (halves, 16, SLAB_PITCH)
 #pragma unroll 1
     for (int first_row = 0; first_row < num_rows; first_row += 16) {
-      float v[8], up[8];
-      take<FORM>(set, first_row / 16, acc, v, up);
 #pragma unroll
-      for (int q = 0; q < 8; ++q) {
-        int row = 8 * (q / 4) + 2 * (lane % 4) + q % 2, eight = q / 2 % 2;
-        int at = row * SLAB_PITCH + (FORM == PAIR_WOVEN ? 8 * warp : 16 * warp + 8 * eight) + lane / 4;
-        if (FORM != PAIR_WOVEN || eight == 0) rows[at] = v[q];
-        if (PAIRED && (FORM != PAIR_WOVEN || eight == 0)) rows[16 * SLAB_PITCH + at] = up[q];
+      for (int j = 0; j < ACCUMULATORS / 8; ++j) {
+        if (16 * j != first_row) continue;
+#pragma unroll
+        for (int q = 0; q < 8; ++q) {
+          int row = 8 * (q / 4) + 2 * (lane % 4) + q % 2, eight = q / 2 % 2;
+          int at = row * SLAB_PITCH + (FORM == PAIR_WOVEN ? 8 * warp : 16 * warp + 8 * eight) + lane / 4;
+          if (FORM == PAIR_WOVEN) rows[at + eight * 16 * SLAB_PITCH] = acc[0][8 * j + q];
+          else rows[at] = acc[SET][8 * j + q];
+          if (FORM == PAIR_OF_HALVES) rows[16 * SLAB_PITCH + at] = acc[1][8 * j + q];
+        }
       }
       sync_consumer();
 #pragma unroll 1
@@ -246,22 +224,24 @@ template <typename T, typename Shape> struct Finish {
     }
   }
 
-  template <Form FORM>
-  __device__ __forceinline__ void store_run(const Accumulators& acc, int set, int weight_row) const {
-    if (kind() == ANY) store_any<FORM>(acc, set, weight_row);
-    else store_set<FORM>(acc, set, weight_row);
+  template <Form FORM, int SET>
+  __device__ __forceinline__ void store_run(const Accumulators& acc, int weight_row) const {
+    Kind finish = kind();
+    if (finish == PLAIN) store_set<FORM, SET, PLAIN>(acc, weight_row);
+    else if (finish == MORE) store_set<FORM, SET, MORE>(acc, weight_row);
+    else store_any<FORM, SET>(acc, weight_row);
   }
 
   __device__ __forceinline__ void store(const Accumulators& acc) const {
     int run = consumer * RUN, block = place.tile.weight_block;
     if (Shape::HALVES == INNER && inward) {
-      if (pairs) store_run<PAIR_WOVEN>(acc, 0, (block * HALF_ROWS + run) / 2);
-      else store_run<ROWS_ALONE>(acc, 0, block * HALF_ROWS + run);
+      if (pairs) store_run<PAIR_WOVEN, 0>(acc, (block * HALF_ROWS + run) / 2);
+      else store_run<ROWS_ALONE, 0>(acc, block * HALF_ROWS + run);
     } else if (pairs) {
-      store_run<PAIR_OF_HALVES>(acc, 0, block * HALF_ROWS + run);
+      store_run<PAIR_OF_HALVES, 0>(acc, block * HALF_ROWS + run);
     } else {
-#pragma unroll 1
-      for (int set = 0; set < 2; ++set) store_run<ROWS_ALONE>(acc, set, (2 * block + set) * HALF_ROWS + run);
+      store_run<ROWS_ALONE, 0>(acc, 2 * block * HALF_ROWS + run);
+      store_run<ROWS_ALONE, 1>(acc, (2 * block + 1) * HALF_ROWS + run);
     }
   }
 };
