@@ -137,6 +137,7 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
     const ExpertStack& stack = stack_of(tile);
     const TensorMap& map = launch.w_maps[tile.stack_idx];
     bool pairs = Tiles::pairs(stack), inward = schedule.inward(stack), together = CLUSTER > 1 && tile.is_together;
+    uint64 hint = weights_hint(stack);
     uint32 destination = smem + stage * STAGE_BYTES, barrier = barriers.full(stage);
     barrier_arrive_expect(barrier, W_BYTES);
 #pragma unroll
@@ -146,24 +147,28 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
       int inner = (inward ? 2 * k_block + half : k_block) * BLOCK_K, pair_half = pairs ? half : 0;
       uint32 begin = destination + half * HALF_BYTES;
       if (ORDER == INNER_MAJOR && inward && pairs) {  // eight gate and eight up rows in turn
-        load_tensor_5d(begin, map, barrier, inner, 0, 0, row / 16, tile.expert, weights_hint());
+        load_tensor_5d(begin, map, barrier, inner, 0, 0, row / 16, tile.expert, hint);
       } else if (ORDER == INNER_MAJOR) {
-        load_box(together, begin, map, barrier, inner, row, pair_half, tile.expert);
+        load_box(together, hint, begin, map, barrier, inner, row, pair_half, tile.expert);
       } else {
 #pragma unroll
         for (int run = 0; run < CONSUMERS; ++run)
-          load_box(together, begin + run * RUN_BYTES, map, barrier, row + run * RUN, inner, pair_half, tile.expert);
+          load_box(together, hint, begin + run * RUN_BYTES, map, barrier, row + run * RUN, inner, pair_half, tile.expert);
       }
     }
   }
 
-  __device__ __forceinline__ void load_box(bool together, uint32 destination, const TensorMap& map, uint32 barrier, int c0,
-                                           int c1, int c2, int c3) const {
+  static constexpr bool HINTS = Shape::HALVES == INNER || Shape::ALTERNATES;
+  __device__ __forceinline__ void load_box(bool together, uint64 hint, uint32 destination, const TensorMap& map,
+                                           uint32 barrier, int c0, int c1, int c2, int c3) const {
     if (together) load_tensor_4d_for(0b11, destination, map, barrier, c0, c1, c2, c3);
-    else if (Shape::HALVES == INNER) load_tensor_4d(destination, map, barrier, c0, c1, c2, c3, weights_hint());
+    else if (HINTS) load_tensor_4d(destination, map, barrier, c0, c1, c2, c3, hint);
     else load_tensor_4d(destination, map, barrier, c0, c1, c2, c3);
   }
-  __device__ __forceinline__ uint64 weights_hint() const { return launch.pass_through ? EVICT_FIRST : EVICT_NORMAL; }
+  __device__ __forceinline__ uint64 weights_hint(const ExpertStack& stack) const {
+    bool passes = Shape::ALTERNATES ? launch.alternate && stack.expert_offsets : launch.pass_through;
+    return passes ? EVICT_FIRST : EVICT_NORMAL;
+  }
 
   // --- tokens: a warpgroup -------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ struct WgmmaLaunch {
   int weave;         // 1: they take pairs as eight gate and eight up rows in turn; 0: as halves
   int pass_through;  // 1: weights are the first to leave the L2 again
   int num_early_ids;
+  int alternate;  // 1: shared and routed experts take turns, see Schedule, and routed weights are the first to leave the L2
 };
 static_assert(sizeof(WgmmaLaunch) == 8768, "cumoe/gpu/stacks.py packs 8768 bytes");
 
@@ -43,6 +44,7 @@ template <int ROWS, int CONSUMER_GROUPS, int BLOCKS, Halves OF_TILE, int BLOCKS_
   static constexpr Halves HALVES = OF_TILE;
   static constexpr bool COUNTS_EARLY = ROWS <= 64;  // there are few slots, and every microsecond shows
   static constexpr int SLAB_ROWS = ROWS < 64 ? ROWS : 64;  // results on their way out at a time
+  static constexpr bool ALTERNATES = ROWS == 144;  // may: see cumoe/gpu/config.py
   // Of the first consumer: while one finishes a tile, the other multiplies; three stages are too few for a distance.
   static constexpr int HEAD_START_NS = ROWS == 144 ? 1000 : 0;
   // Of a thread that brings tokens, plans or brings weights, multiplies: 512 for the four warpgroups of two consumers.
@@ -80,7 +82,8 @@ template <int MAX_ROWS> struct alignas(16) RingPlace {  // factors are read two 
 // block counts the row blocks of all groups (a group is one expert of one stack of the first product) once.
 //
 // Products and stacks come in order, experts in order; an expert's rows are cut into even runs, multiples of 8 rows; a band
-// of weight blocks is walked over all its runs. The two blocks of a cluster take a position together: two runs of an expert
+// of weight blocks is walked over all its runs. Where shared experts have rows enough to multiply all the time and routed ones
+// read weights most of it, a tile of the ones and a tile of the others come in turn. The two blocks of a cluster take a position together: two runs of an expert
 // that share the weights, or, where one run is all it has, two weight blocks. Where there is an odd one out, its block has no
 // rows, but keeps step.
 template <typename Shape, WeightOrder ORDER> struct Schedule {
@@ -124,10 +127,10 @@ template <typename Shape, WeightOrder ORDER> struct Schedule {
     int num_stacks = launch.num_stacks;
     for (int s = 0, first = 0; s < num_stacks * launch.num_products; ++s) {
       if (s == num_stacks) first = 0;
+      if (Shape::ALTERNATES && launch.alternate && first == 0) position = in_turn(s, position);
       const ExpertStack& stack = launch.stacks[s];
-      int of_row_block = ceil_div(weight_blocks(stack), CLUSTER);  // positions
       int last = first + stack.num_experts, before = row_blocks_before[first];
-      int positions = (row_blocks_before[last] - before) * of_row_block;
+      int of_row_block = positions_of_row_block(stack), positions = positions_of(stack, first);
       if (position < positions) {
         int group = find(first, last, before + position / of_row_block);
         return cut(s, group - first, row_blocks_before[group], position - (row_blocks_before[group] - before) * of_row_block);
@@ -141,6 +144,27 @@ template <typename Shape, WeightOrder ORDER> struct Schedule {
   }
 
  private:
+  __device__ __forceinline__ int positions_of_row_block(const ExpertStack& stack) const {
+    return ceil_div(weight_blocks(stack), CLUSTER);
+  }
+  // All of a stack whose first group is given.
+  __device__ __forceinline__ int positions_of(const ExpertStack& stack, int first) const {
+    return (row_blocks_before[first + stack.num_experts] - row_blocks_before[first]) * positions_of_row_block(stack);
+  }
+
+  // Which position in the order of stacks comes at `position` of a product, whose first stack is s: shared, routed, shared ...
+  // as long as there are both. Routed experts are those of the last stack.
+  __device__ __forceinline__ int in_turn(int s, int position) const {
+    int shared = 0, first = 0, last = s + launch.num_stacks - 1;
+    for (; s < last; ++s) {
+      shared += positions_of(launch.stacks[s], first);
+      first += launch.stacks[s].num_experts;
+    }
+    int routed = positions_of(launch.stacks[last], first), turns = min(shared, routed);
+    if (position < 2 * turns) return position / 2 + position % 2 * shared;
+    return routed < shared && position < shared + routed ? position - turns : position;
+  }
+
   // row_blocks_before[group] <- how many slots name the expert; routed experts are those of the last stack.
   template <int THREADS> __device__ __forceinline__ void count_early_ids() const {
     int groups = 0, routed = 0;

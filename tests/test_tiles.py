@@ -206,6 +206,24 @@ def test_nan_that_nobody_uses_stays_where_it_is(force, tile, order, shared_sizes
     check_chosen(seen, tile, "bfloat16", order, runs=2)
 
 
+@pytest.mark.parametrize("tile", config.ALTERNATING_TILES)
+@each_order
+@pytest.mark.parametrize("shared_sizes", [(72,), (1544,), (136, 392, 520)])
+def test_taking_turns_changes_no_bit(monkeypatch, force, tile, order, shared_sizes):
+    """With fewer tiles of shared experts than of routed ones, more, and of several experts."""
+    seen, turns = force(tile), []
+    monkeypatch.setattr("cumoe.gpu.grouped_gemm.alternates", lambda *_: turns[-1])
+    layer = ragged_layer("bfloat16", order, "silu", COUNTS, "input", shared_sizes)
+    results = []
+    for turns_are_taken in (False, True):
+        turns.append(turns_are_taken)
+        fill_pool_with_nan()
+        results.append(layer.run(GPU))
+    assert_close(results[1], expected("bfloat16", "silu", COUNTS, "input", shared_sizes), "bfloat16", tile)
+    assert results[0].tobytes() == results[1].tobytes()
+    check_chosen(seen, tile, "bfloat16", order, runs=2)
+
+
 @each_tile
 def test_a_graph_gives_the_same_bits_at_every_replay(force, tile):
     """Twenty replays of one capture; each counts its tiles from zero."""

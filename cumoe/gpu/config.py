@@ -109,6 +109,15 @@ again, and what was there stays. Loads that say so take 2 or 3 per cent longer: 
 spare."""
 
 
+ALTERNATING_TILES = ("144x256", "2x144x256")
+"""Tiles whose kernels can take shared and routed experts in turn."""
+
+ALTERNATING_ROWS, ALTERNATING_WORK = 64, 8
+"""Up to how many rows an expert has on average they do, if the shared experts have an eighth of the routed ones' work or
+more: the ones multiply while the others read weights; one after the other takes up to 8 per cent longer. With more rows
+the routed ones multiply as much."""
+
+
 class StackSizes(NamedTuple):
     """The integers of one expert stack that decide about tiles."""
 
@@ -164,6 +173,21 @@ def spread(config: TileConfig, stacks: tuple[StackSizes, ...], num_multiprocesso
     if tiles <= WOVEN_TILES * num_multiprocessors:
         return config._replace(pairs="woven")
     return config.alone() if tiles <= ALONE_TILES * num_multiprocessors else config
+
+
+def alternates(config: TileConfig, stacks: tuple[StackSizes, ...]) -> bool:
+    """Return whether tiles of shared and routed experts come in turn: see `ALTERNATING_ROWS`.
+
+    The routed ones are those of the first stack; the shared ones need more than one run of rows.
+    """
+    routed, *shared = stacks
+    work = sum(stack.num_rows * stack.weight_rows for stack in shared)
+    return (
+        config.name in ALTERNATING_TILES
+        and any(stack.num_rows > config.block_m for stack in shared)
+        and routed.num_rows <= ALTERNATING_ROWS * routed.num_experts
+        and ALTERNATING_WORK * work >= routed.num_rows * routed.weight_rows
+    )
 
 
 def grid_size(config: TileConfig, tiles: int, num_multiprocessors: int) -> int:

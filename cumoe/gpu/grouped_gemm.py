@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cumoe.gpu.compile import current_device, launch, num_multiprocessors
-from cumoe.gpu.config import PASSING_BYTES, TileConfig, grid_size, max_tiles, select_config, spread
+from cumoe.gpu.config import PASSING_BYTES, TileConfig, alternates, grid_size, max_tiles, select_config, spread
 from cumoe.gpu.stacks import STACK, ExpertStack, strides
 from cumoe.gpu.structs import Packed, Struct, joined
 from cumoe.gpu.tensor_map import MAP_BYTES, row_map, weight_map
@@ -17,7 +17,7 @@ MAX_STACKS = 8
 PORTABLE_TAIL = Struct(int32=("num_stacks", "c_is_float32"))
 WGMMA_TAIL = Struct(
     pointer=("progress", "early_ids"),
-    int32=("num_stacks", "num_products", "num_stages", "weave", "pass_through", "num_early_ids"),
+    int32=("num_stacks", "num_products", "num_stages", "weave", "pass_through", "num_early_ids", "alternate"),
 )
 WGMMA_BYTES = -(-(2 * MAX_STACKS * (3 * MAP_BYTES + STACK.itemsize) + WGMMA_TAIL.itemsize) // 64) * 64
 
@@ -91,7 +91,7 @@ def _launch_wgmma(
     num_sms = _num_sms()
     config = spread(select_config("wgmma", sizes[0], num_sms), sizes[0], num_sms)
     tiles = sum(max_tiles(config, some) for some in sizes)
-    # Shared experts come first: the routed ones' smaller pieces even out the end.
+    # Shared experts come first, or in turn: the routed ones' smaller pieces even out the end.
     ordered = [stack for first, *others in products for stack in (*others, first)]
     tail = WGMMA_TAIL(
         progress=progress,
@@ -102,6 +102,7 @@ def _launch_wgmma(
         weave=config.pairs == "woven",
         pass_through=sum(stack.weight_bytes for stack in ordered) <= PASSING_BYTES,
         num_early_ids=0 if early_ids is None else early_ids.size,
+        alternate=len(products) == 2 and alternates(config, sizes[0]),
     )
     packed = joined((_maps(ordered, order, config), _pack(ordered, 2 * MAX_STACKS), tail))
     grid = grid_size(config, tiles, num_sms)
