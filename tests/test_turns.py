@@ -45,14 +45,14 @@ def alternates(*sizes):
         ("DeepSeek-V2-Lite, 512 tokens", True),
         ("Llama-4-Scout, 144 tokens: shared experts read as much as they multiply", False),
         ("Llama-4-Scout, 145 tokens", True),
-        ("Llama-4-Scout, 1024 tokens", True),
-        ("Llama-4-Scout, 1040 tokens: routed experts multiply too", False),
+        ("Llama-4-Scout, 1536 tokens", True),
+        ("Llama-4-Scout, 1537 tokens: routed experts multiply too", False),
         ("Qwen3-Next-80B, 2048 tokens: shared experts have next to nothing to do", False),
         ("Qwen3-30B-A3B, 512 tokens: there are none", False),
     ],
 )
 def test_layers_that_take_turns(layer, expected):
-    """Up to 64 rows an expert, from the second run of shared rows on, with an eighth of the routed work."""
+    """Up to 96 rows an expert, from the second run of shared rows on, with an eighth of the routed work."""
     name, tokens = layer.split(" tokens")[0].rsplit(", ", 1)
     experts, top_k, width, shared = {
         "DeepSeek-V2-Lite": (64, 6, 1408, (1408, 1408)),
