@@ -75,13 +75,14 @@ template <typename T, typename Shape> struct RouterGemm {
   // Rows of 64 hidden positions, eight threads a row.
   template <int ROWS>
   __device__ __forceinline__ void copy_rows(uint32 destination, const T* source, int64 stride, int rows_left, int inner) const {
-    int chunk = threadIdx.x % 8, bytes = min(max(p.hidden_size - inner - chunk * 8, 0), 8) * 2;
+    constexpr int STEP = Shape::THREADS / 8;
+    static_assert(STEP % 8 == 0, "all rows of a thread have the same swizzle");
+    int chunk = threadIdx.x % 8, first = threadIdx.x / 8, bytes = min(max(p.hidden_size - inner - chunk * 8, 0), 8) * 2;
+    source += first * stride + inner + chunk * 8;
+    destination += swizzle(first, chunk);
 #pragma unroll
-    for (int row = threadIdx.x / 8; row < ROWS; row += Shape::THREADS / 8) {
-      bool exists = row < rows_left && bytes > 0;
-      copy_async_16(destination + swizzle(row, chunk), exists ? source + row * stride + inner + chunk * 8 : source,
-                    exists ? bytes : 0);
-    }
+    for (int row = 0; row < ROWS; row += STEP, source += STEP * stride)
+      copy_async_16(destination + row * ROW_BYTES, source, first + row < rows_left ? bytes : 0);
   }
 
   // Asks for a block of operands, or for nothing: the groups of copies are counted all the same.
@@ -159,8 +160,8 @@ template <typename T, typename Shape> struct RouterGemm {
     for (int stage = 0; at.chunk < end; stage = (stage + 1) % Shape::STAGES) {
       copy_async_wait<Shape::STAGES - 2>();
       __syncthreads();
-      copy(asked, end, (stage + Shape::STAGES - 1) % Shape::STAGES);
       multiply(stage, acc);
+      copy(asked, end, (stage + Shape::STAGES - 1) % Shape::STAGES);
       if (at.advance(p)) end_chunk(acc, total);
     }
     store(total);
