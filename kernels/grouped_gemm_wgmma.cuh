@@ -294,7 +294,6 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
   __device__ __forceinline__ void multiply_and_finish(int consumer) const {
     Cursor stage;
     Accumulators acc;
-    if (Shape::HEAD_START_NS > 0 && consumer == 1) __nanosleep(Shape::HEAD_START_NS);
     for_each_tile([&](Turn turn) {
       const TileInfo& tile = ring[turn.place()].tile;
       int num_rows = __shfl_sync(FULL_MASK, tile.num_rows, 0);

@@ -45,8 +45,6 @@ template <int ROWS, int CONSUMER_GROUPS, int BLOCKS, Halves OF_TILE, int BLOCKS_
   static constexpr bool COUNTS_EARLY = ROWS <= 64;  // there are few slots, and every microsecond shows
   static constexpr int SLAB_ROWS = ROWS < 64 ? ROWS : 64;  // results on their way out at a time
   static constexpr bool ALTERNATES = ROWS == 144;  // may: see cumoe/gpu/config.py
-  // Of the first consumer: while one finishes a tile, the other multiplies; three stages are too few for a distance.
-  static constexpr int HEAD_START_NS = ROWS == 144 ? 1000 : 0;
   // Of a thread that brings tokens, plans or brings weights, multiplies: 512 for the four warpgroups of two consumers.
   static constexpr int TOKEN_REGISTERS = 40, HELPER_REGISTERS = ROWS > 144 ? 24 : 40;
   static constexpr int CONSUMER_REGISTERS = (512 - TOKEN_REGISTERS - HELPER_REGISTERS) / 2;
