@@ -5,7 +5,8 @@
 is what `compute-sanitizer --tool racecheck` is given. Every process shuffles the chosen tests with the same seed;
 SHARD=3/8 takes every eighth of them from the third on. Those for which no time is left are skipped, and one that takes
 more than SECONDS_A_TEST is cut off. The junit file has how long each took and why one was skipped, and at the first of
-them, as the property `chosen`, how many tests all parts have together.
+them, as the property `chosen`, how many tests all parts have together. Why a test failed is said at once, since a
+process that is ended has no summary.
 """
 
 import os
@@ -179,6 +180,17 @@ def pytest_runtest_call() -> Generator[None, object, object]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Say why a test failed."""
+    report = yield
+    if report.failed:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        reason = str(report.longrepr if crash is None else crash.message)
+        item.config.get_terminal_writer().line(f"\nFAILED {report.nodeid}: {reason[:500]}")
+    return report
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -107,6 +107,15 @@ def test_time_ends(slow, tmp_path, seconds, long, short):
     assert [each.get("value") for each in found.iter("property") if each.get("name") == "chosen"] == ["2"]
 
 
+def test_a_failure_is_told_at_once(slow):
+    """Before the next test is begun."""
+    slow.write_text(SLOW + "def test_a_fault(): raise ValueError('of memory')\ndef test_behind(): pass\n")
+    done = run("-c", "pyproject.toml", "-k", "fault or behind", "-v", str(slow))
+    told = [line for line in done.stdout.split("= FAILURES =")[0].splitlines() if line.startswith("FAILED ")]
+    assert done.returncode == 1 and len(told) == 1, done.stdout
+    assert told[0].endswith("::test_a_fault: ValueError: of memory")
+
+
 def test_a_part_without_tests_is_fine(slow):
     """There may be more processes than tests."""
     done = run("-c", "pyproject.toml", str(slow), SHARD="3/3")

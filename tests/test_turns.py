@@ -12,7 +12,7 @@ COUNTS = st.integers(0, 50)
 
 
 def in_turn(position, shared, routed):
-    """Return the place in the order of stacks, shared before routed, of what comes at a position: a twin of Schedule."""
+    """Return the place, in the order of stacks, of what comes at a position: a twin of Schedule."""
     turns = min(shared, routed)
     if position < 2 * turns:
         return position // 2 + position % 2 * shared
