@@ -114,7 +114,7 @@ ALTERNATING_TILES = ("144x256", "2x144x256")
 
 ALTERNATING_ROWS, ALTERNATING_WORK = 96, 8
 """Up to how many rows an expert has on average they do, if the shared experts have at least an eighth of the routed
-ones' work: the ones multiply while the others read weights; one after the other takes up to 8 per cent longer. With more
+ones' work: the ones multiply while the others read weights. One after the other takes up to 8 per cent longer; with more
 rows the routed ones multiply as much."""
 
 
