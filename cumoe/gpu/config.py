@@ -108,14 +108,13 @@ PASSING_BYTES = 256 << 20
 again, and what was there stays. Loads that say so take 2 or 3 per cent longer: with more bytes they cost more than they
 spare."""
 
-
 ALTERNATING_TILES = ("144x256", "2x144x256")
 """Tiles whose kernels can take shared and routed experts in turn."""
 
 ALTERNATING_ROWS, ALTERNATING_WORK = 96, 8
 """Up to how many rows an expert has on average they do, if the shared experts have at least an eighth of the routed
-ones' work: the ones multiply while the others read weights. One after the other takes up to 8 per cent longer; with more
-rows the routed ones multiply as much."""
+ones' work: the ones multiply while the others read weights. One after the other takes up to 8 per cent longer; with
+more rows the routed ones multiply as much."""
 
 
 class StackSizes(NamedTuple):
