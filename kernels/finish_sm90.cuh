@@ -122,8 +122,8 @@ template <typename T, typename Shape> struct Finish {
     }
   }
 
-  // Straight on, with a copy for every 16 rows: registers have no index, and with a loop that branched to one of several moves a
-  // tile of 128 rows took 4.2 us instead of 2.5. Factors and biases that are not there are 1 and 0.
+  // Straight on, with a copy for every 16 rows: registers have no index, and with a loop that branched to one of several moves
+  // a tile of 128 rows took 4.2 us instead of 2.5. Factors and biases that are not there are 1 and 0.
   template <Form FORM, int SET, Kind KIND>
   __device__ __forceinline__ void store_set(const Accumulators& acc, int feature) const {
     int thread = thread_of_warpgroup(), lane = thread % WARP, warp = thread / WARP;

@@ -305,8 +305,9 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
         UP_TO_ROWS(17) UP_TO_ROWS(18) UP_TO_ROWS(19) UP_TO_ROWS(20) UP_TO_ROWS(21) UP_TO_ROWS(22) UP_TO_ROWS(23) UP_TO_ROWS(24)
 #undef UP_TO_ROWS
       }
-      Epilogue epilogue{stack_of(tile), ring[turn.place()], Tiles::pairs(stack_of(tile)),
-                        schedule.inward(stack_of(tile)), num_rows, consumer, smem + launch.num_stages * STAGE_BYTES + consumer * Epilogue::SLAB_BYTES};
+      const ExpertStack& stack = stack_of(tile);
+      Epilogue epilogue{stack, ring[turn.place()], Tiles::pairs(stack), schedule.inward(stack), num_rows, consumer,
+                        smem + launch.num_stages * STAGE_BYTES + consumer * Epilogue::SLAB_BYTES};
       epilogue.store(acc);  // ends in a barrier of the consumer
       barrier_arrive(barriers.done(turn.place()));
     });

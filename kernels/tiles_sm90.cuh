@@ -81,9 +81,10 @@ template <int MAX_ROWS> struct alignas(16) RingPlace {  // factors are read two 
 //
 // Products and stacks come in order, experts in order; an expert's rows are cut into even runs, multiples of 8 rows; a band
 // of weight blocks is walked over all its runs. Where shared experts have rows enough to multiply all the time and routed ones
-// read weights most of it, a tile of the ones and a tile of the others come in turn. The two blocks of a cluster take a position together: two runs of an expert
-// that share the weights, or, where one run is all it has, two weight blocks. Where there is an odd one out, its block has no
-// rows, but keeps step.
+// read weights most of it, a tile of the ones and a tile of the others come in turn.
+//
+// The two blocks of a cluster take a position together: two runs of an expert that share the weights, or, where one run is all
+// it has, two weight blocks. Where there is an odd one out, its block has no rows, but keeps step.
 template <typename Shape, WeightOrder ORDER> struct Schedule {
   static constexpr int CLUSTER = Shape::CLUSTER;
   static_assert(CLUSTER == 1 || CLUSTER == 2, "a cluster has two blocks");
@@ -222,9 +223,10 @@ template <typename Shape, WeightOrder ORDER> struct Schedule {
   }
 };
 
-// How far the blocks of a launch have come, in global memory that was zero at its beginning: the number of tiles taken,
-// in a line of memory of its own, then for every row block how many tiles of its first product are stored. All tiles are taken from the counter, those of
-// the first product first, so whoever waits for a row block waits for blocks that run: blocks need not be resident together.
+// How far the blocks of a launch have come, in global memory that was zero at its beginning: the number of tiles taken, in a
+// line of memory of its own, then for every row block how many tiles of its first product are stored. All tiles are taken from
+// the counter, those of the first product first, so whoever waits for a row block waits for blocks that run: blocks need not be
+// resident together.
 struct Progress {
   int* taken;
 
