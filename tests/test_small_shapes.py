@@ -116,6 +116,25 @@ def test_a_failure_is_told_at_once(slow):
     assert told[0].endswith("::test_a_fault: ValueError: of memory")
 
 
+def test_cached_memory_is_given_back_after_every_test(slow):
+    """Where CuPy's pool has a limit."""
+    slow.write_text(
+        """
+import sys, types
+import pytest
+pytestmark = pytest.mark.gpu
+calls = []
+pool = types.SimpleNamespace(free_all_blocks=lambda: calls.append("freed"))
+sys.modules["cupy"] = types.SimpleNamespace(get_default_memory_pool=lambda: pool)
+@pytest.mark.parametrize("number", range(3))
+def test_counts(number): print("freed", len(calls))
+"""
+    )
+    for environment, counts in (({"CUPY_GPU_MEMORY_LIMIT": "4096"}, "012"), ({}, "000")):
+        done = run("-c", "pyproject.toml", "-s", str(slow), **environment)
+        assert re.findall(r"freed (\d)", done.stdout) == list(counts), done.stdout
+
+
 def test_a_part_without_tests_is_fine(slow):
     """There may be more processes than tests."""
     done = run("-c", "pyproject.toml", str(slow), SHARD="3/3")
