@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from cumoe.gpu import config
 from cumoe.gpu.config import StackSizes
+from cumoe.gpu.sources import kernels_directory
 
 NUM_SMS = 132
 COUNTS = st.integers(0, 50)
@@ -70,3 +71,4 @@ def test_only_some_tiles_take_turns():
     own = {tile.name for tile in config.CONFIGS if config.alternates(tile, stacks)}
     assert own == set(config.ALTERNATING_TILES)
     assert {tile.block_m for tile in config.CONFIGS if tile.name in own} == {144}
+    assert "ALTERNATES = ROWS == 144;" in (kernels_directory() / "tiles_sm90.cuh").read_text(encoding="utf-8")
