@@ -42,6 +42,7 @@
 // The sum over the inner dimension runs in the same order whatever the tile, so a row has the same bits in every batch.
 #pragma once
 #include "barriers_sm90.cuh"
+#include "few_slots_sm90.cuh"
 #include "finish_sm90.cuh"
 #include "overlap.cuh"
 #include "wgmma.cuh"
@@ -83,13 +84,13 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
 
   // --- the planner: a warp -------------------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void plan_tiles(Positions<CLUSTER> position) const {
+  template <typename Counts> __device__ __forceinline__ void plan_tiles(Positions<CLUSTER> position, const Counts& counts) const {
     for (Turn turn;; ++turn.tile) {
       Place& next = ring[turn.place()];
       barrier_wait(barriers.free(turn.place()), turn.parity() ^ 1);
-      while (!find_tile(position.value, next.tile)) position.advance();
+      while (!find_tile(position.value, counts, next.tile)) position.advance();
       if (threadIdx.x % WARP == 0) barrier_arrive(barriers.placed(turn.place()));
-      describe_rows(next);
+      describe_rows(next, counts);
       barrier_arrive(barriers.told(turn.place()));
       if (next.tile.stack_idx < 0) return;
       barrier_wait(barriers.wanted(), turn.tile % 2);  // as late as possible, so that the last tiles go to whoever is free
@@ -98,16 +99,19 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
   }
 
   // Writes the tile at `position`, unless it is to be passed over.
-  __device__ __forceinline__ bool find_tile(int position, TileInfo& found) const {
-    TileInfo tile = schedule.tile(position);
+  template <typename Counts> __device__ __forceinline__ bool find_tile(int position, const Counts& counts, TileInfo& found) const {
+    TileInfo tile = schedule.tile(position, counts);
     if (tile.num_rows < 0) return false;
     if (threadIdx.x % WARP == 0) found = tile;
     __syncwarp();
     return true;
   }
 
-  __device__ __forceinline__ void describe_rows(Place& place) const {
+  template <typename Counts> __device__ __forceinline__ void describe_rows(Place& place, const Counts& counts) const {
     const ExpertStack& stack = stack_of(place.tile);
+    if constexpr (Shape::SLOTS == FEW) {
+      if (place.tile.num_rows > 0 && stack.expert_offsets) return counts.describe(stack, place);
+    }
     for (int r = threadIdx.x % WARP; r < place.tile.num_rows; r += WARP) {
       RowScales scales = row_scales(stack, place.tile.row_begin + r);
       place.scale_in[r] = scales.in;
@@ -122,12 +126,19 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
     Cursor stage;
     for_each_tile<PLACED>([&](Turn turn) {
       TileInfo tile = ring[turn.place()].tile;
+      // With few slots the second product has about a tile a block: nobody takes two before the first one's rows are there.
+      bool late = Shape::SLOTS == FEW && is_second(tile);
+      Cursor first = stage;
 #pragma unroll 1
       for (int k = 0; k < tile.k_blocks; ++k) {
         barrier_wait(barriers.empty(stage.at()), stage.parity() ^ 1);
         load_weights(tile, k, stage.at());
-        if (k == max(tile.k_blocks - LEAD, 0)) barrier_arrive(barriers.wanted());
+        if (!late && k == max(tile.k_blocks - LEAD, 0)) barrier_arrive(barriers.wanted());
         stage.advance(launch.num_stages);
+      }
+      if (late) {
+        if (tile.k_blocks <= launch.num_stages) barrier_wait(barriers.full(first.at()), first.parity());
+        barrier_arrive(barriers.wanted());  // with more blocks the stage of the first has been emptied since
       }
     });
   }
@@ -340,21 +351,37 @@ __device__ __forceinline__ void grouped_gemm(const WgmmaLaunch& launch) {
     for (int s = 0; s < launch.num_stacks * launch.num_products; ++s) prefetch_tensor_map(launch.w_maps[s]);
   }
   if (Gemm::CLUSTER > 1) sync_cluster();  // the barriers of both blocks stand
-  Gemm gemm{launch, {launch, reinterpret_cast<int*>(after)}, barriers, ring, stages};
+  Gemm gemm{launch, {launch}, barriers, ring, stages};
   int warp = __shfl_sync(FULL_MASK, threadIdx.x / WARP, 0), warpgroup = warp / 4;
   Positions<Gemm::CLUSTER> position{launch.progress, barriers.mail};
-  // Before the previous kernel has ended rows are counted as far as can be: that is all there is to count where ids came
-  // early, and elsewhere the code has been fetched then. The barriers in there also publish those above.
-  constexpr int FIRST = Shape::COUNTS_EARLY ? Gemm::Tiles::EARLY_IDS : Gemm::Tiles::OFFSETS;
-#pragma unroll 1
-  for (int source = FIRST; source <= Gemm::Tiles::OFFSETS; ++source) {
-    if (source == Gemm::Tiles::OFFSETS) {
-      wait_for_previous_kernel();
-      launch_next_kernel();
-      if (warp == 4) position.ask();
-      if (Shape::COUNTS_EARLY && launch.early_ids) break;
+  auto counts = [&] {
+    if constexpr (Shape::SLOTS == FEW) return FewSlots<Shape>{launch};
+    else return RowBlocks<Shape>{launch, reinterpret_cast<int*>(after)};
+  }();
+  if constexpr (Shape::SLOTS == FEW) {
+    if (warp == 4 && launch.ids_are_early) counts.read();
+    __syncthreads();  // the barriers stand
+    wait_for_previous_kernel();
+    launch_next_kernel();
+    if (warp == 4) {
+      position.ask();
+      if (!launch.ids_are_early) counts.read();
+      counts.sort();
     }
-    gemm.schedule.template count_row_blocks<Gemm::THREADS>(static_cast<typename Gemm::Tiles::Source>(source));
+  } else {
+    // Before the previous kernel has ended rows are counted as far as can be: that is all there is to count where ids came
+    // early, and elsewhere the code has been fetched then. The barriers in there also publish those above.
+    constexpr int FIRST = Shape::COUNTS_EARLY ? RowBlocks<Shape>::EARLY_IDS : RowBlocks<Shape>::OFFSETS;
+#pragma unroll 1
+    for (int source = FIRST; source <= RowBlocks<Shape>::OFFSETS; ++source) {
+      if (source == RowBlocks<Shape>::OFFSETS) {
+        wait_for_previous_kernel();
+        launch_next_kernel();
+        if (warp == 4) position.ask();
+        if (Shape::COUNTS_EARLY && launch.ids_are_early) break;
+      }
+      counts.template count<Gemm::THREADS>(static_cast<typename RowBlocks<Shape>::Source>(source));
+    }
   }
   if (warp == 4) position.take();
   if (warpgroup == 0) {
@@ -362,7 +389,7 @@ __device__ __forceinline__ void grouped_gemm(const WgmmaLaunch& launch) {
     gemm.bring_tokens();
   } else if (warpgroup == 1) {
     if (Gemm::CONSUMERS == 2) keep_registers<Shape::HELPER_REGISTERS>();
-    if (warp == 4) gemm.plan_tiles(position);
+    if (warp == 4) gemm.plan_tiles(position, counts);
     if (threadIdx.x == 5 * WARP) gemm.bring_weights();
     if (threadIdx.x == 6 * WARP) gemm.report_tiles();
   } else {

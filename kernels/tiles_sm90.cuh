@@ -12,15 +12,17 @@ struct WgmmaLaunch {
   TensorMap a_maps[2 * MAX_STACKS][2];  // (1, 1, row, inner), boxes of 64 rows and of ROWS_OF_BOX
   ExpertStack stacks[2 * MAX_STACKS];   // num_stacks of the first product, then as many of the second
   int* progress;                        // see Progress; null for one product
-  const int* early_ids;                 // of all slots, if they were there before the previous kernel began; or null
+  const int* topk_ids;                  // (num_slots)
+  const float* topk_weights;            // (num_slots)
   int num_stacks, num_products, num_stages;
-  // Of tiles whose halves are INNER.
-  int weave;         // 1: they take pairs as eight gate and eight up rows in turn; 0: as halves
-  int pass_through;  // 1: weights are the first to leave the L2 again
-  int num_early_ids;
   int alternate;  // 1: shared and routed experts take turns, see Schedule, and routed weights are the first to leave the L2
+  // Of tiles whose halves are INNER.
+  int weave;          // 1: they take pairs as eight gate and eight up rows in turn; 0: as halves
+  int pass_through;   // 1: weights are the first to leave the L2 again
+  int num_slots;      // 0: not told
+  int ids_are_early;  // 1: ids and weights of the slots were there before the previous kernel began
 };
-static_assert(sizeof(WgmmaLaunch) == 8768, "cumoe/gpu/stacks.py packs 8768 bytes");
+static_assert(sizeof(WgmmaLaunch) == 8768, "cumoe/gpu/grouped_gemm.py packs 8768 bytes");
 
 namespace hopper {
 
@@ -35,14 +37,19 @@ enum Halves {
   INNER,  // the same weight rows at the next inner positions: smaller tiles that keep as many bytes on their way
 };
 
+// How many slots a launch may have: any number, or so few that the planner sorts them by itself, see few_slots_sm90.cuh.
+enum Slots { MANY, FEW };
+
 // cumoe/gpu/config.py has the same numbers, and how many stages each shape gets.
-template <int ROWS, int CONSUMER_GROUPS, int BLOCKS, Halves OF_TILE, int BLOCKS_OF_CLUSTER = 1> struct TileShape {
+template <int ROWS, int CONSUMER_GROUPS, int BLOCKS, Halves OF_TILE, int BLOCKS_OF_CLUSTER = 1, Slots OF_LAUNCH = MANY>
+struct TileShape {
   static constexpr int MAX_ROWS = ROWS, CONSUMERS = CONSUMER_GROUPS, BLOCKS_PER_SM = BLOCKS, CLUSTER = BLOCKS_OF_CLUSTER;
   static constexpr int HALF_ROWS = CONSUMERS * RUN;  // weight rows of a half
   static constexpr int RING = ROWS > 64 ? 2 : 4;     // tiles that are planned or under way
   static constexpr int ROWS_OF_BOX = ROWS > 16 ? 16 : 8;  // few rows: what comes along would be a quarter of all traffic
   static constexpr Halves HALVES = OF_TILE;
-  static constexpr bool COUNTS_EARLY = ROWS <= 64;  // there are few slots, and every microsecond shows
+  static constexpr Slots SLOTS = OF_LAUNCH;
+  static constexpr bool COUNTS_EARLY = ROWS <= 64 && SLOTS == MANY;  // there are some hundred slots, and every microsecond shows
   static constexpr int SLAB_ROWS = ROWS < 64 ? ROWS : 64;  // results on their way out at a time
   static constexpr bool ALTERNATES = ROWS == 144;  // may: see cumoe/gpu/config.py
   // Of a thread that brings tokens, plans or brings weights, multiplies: 512 for the four warpgroups of two consumers.
@@ -51,6 +58,7 @@ template <int ROWS, int CONSUMER_GROUPS, int BLOCKS, Halves OF_TILE, int BLOCKS_
 };
 // Rows x weight rows of a tile.
 using Shape16x64 = TileShape<16, 1, 2, INNER>;
+using Shape16x64few = TileShape<16, 1, 2, INNER, 1, FEW>;
 using Shape64x256 = TileShape<64, 2, 1, ROWS>;
 using Shape144x256 = TileShape<144, 2, 1, ROWS>;
 using Shape192x256 = TileShape<192, 2, 1, ROWS>;
@@ -76,8 +84,84 @@ template <int MAX_ROWS> struct alignas(16) RingPlace {  // factors are read two 
   TileInfo tile;
 };
 
-// From a position in the order of all tiles to a tile. The number of rows of an expert is known only on the device: every
-// block counts the row blocks of all groups (a group is one expert of one stack of the first product) once.
+struct Rows { int begin, count; };  // of an expert
+struct Found {
+  int expert;
+  Rows rows;
+  int row_block;  // number of its first one among those of all groups
+};
+
+// How an expert's rows are cut: one run, or CLUSTER times as many as are needed; the last one may have no rows then.
+struct Runs { int length, row_blocks; };
+template <typename Shape> __device__ __forceinline__ Runs runs_of(int num_rows) {
+  constexpr int CLUSTER = Shape::CLUSTER;
+  if (num_rows <= Shape::MAX_ROWS) return {Shape::MAX_ROWS, num_rows > 0};
+  int length = ceil_div(ceil_div(num_rows, ceil_div(num_rows, CLUSTER * Shape::MAX_ROWS) * CLUSTER), 8) * 8;
+  return {length, ceil_div(num_rows, CLUSTER * length) * CLUSTER};
+}
+
+// The row blocks of all groups: a group is one expert of one stack of the first product. The number of rows of an expert is
+// known only on the device; every block counts once.
+template <typename Shape> struct RowBlocks {
+  const WgmmaLaunch& launch;
+  int* before;  // (num_groups + 1) in shared memory
+
+  // Where the numbers of rows come from: the ids of the slots, whether or not there are any, or the experts' offsets.
+  enum Source { EARLY_IDS, OFFSETS };
+  template <int THREADS> __device__ __forceinline__ void count(Source source) const {
+    if (source == EARLY_IDS) count_early_ids<THREADS>();
+    int group = threadIdx.x, first = 0;
+    for (int s = 0; s < launch.num_stacks; ++s) {
+      const ExpertStack& stack = launch.stacks[s];
+      for (; group - first < stack.num_experts; group += THREADS) {
+        bool counted = source == EARLY_IDS && stack.expert_offsets;
+        before[group] = runs_of<Shape>(counted ? before[group] : rows_of(stack, group - first).count).row_blocks;
+      }
+      first += stack.num_experts;
+    }
+    if (group == first) before[group] = 0;
+    __syncthreads();  // every group is counted
+    exclusive_scan<THREADS>(before, first + 1);
+  }
+
+  // Of a stack whose first group is given, and of all stacks before it.
+  __device__ __forceinline__ int of_stack(const ExpertStack& stack, int first) const {
+    return before[first + stack.num_experts] - before[first];
+  }
+  __device__ __forceinline__ int before_stack(int first) const { return before[first]; }
+
+  // The expert of that stack which holds a row block: before[group] <= row_block < before[group + 1].
+  __device__ __forceinline__ Found find(const ExpertStack& stack, int first, int row_block) const {
+    int low = first, high = first + stack.num_experts;
+    while (high - low > 1) {
+      int middle = (low + high) / 2;
+      if (before[middle] <= row_block) low = middle; else high = middle;
+    }
+    return {low - first, rows_of(stack, low - first), before[low]};
+  }
+
+ private:
+  // before[group] <- how many slots name the expert; routed experts are those of the last stack.
+  template <int THREADS> __device__ __forceinline__ void count_early_ids() const {
+    int groups = 0, routed = 0, num_ids = launch.ids_are_early ? launch.num_slots : 0;
+    for (int s = 0; s < launch.num_stacks; ++s) routed = groups, groups += launch.stacks[s].num_experts;
+    for (int group = threadIdx.x; group < groups; group += THREADS) before[group] = 0;
+    __syncthreads();  // the counts are zero
+    for (int slot = threadIdx.x; slot < num_ids; slot += THREADS) {
+      uint32 expert = launch.topk_ids[slot];
+      if (expert < (uint32)(groups - routed)) atomicAdd(&before[routed + expert], 1);
+    }
+    __syncthreads();  // every slot is counted
+  }
+
+  __device__ __forceinline__ static Rows rows_of(const ExpertStack& stack, int expert) {
+    if (!stack.expert_offsets) return {0, stack.num_rows};
+    int begin = stack.expert_offsets[expert];
+    return {begin, stack.expert_offsets[expert + 1] - begin};
+  }
+};
+
+// From a position in the order of all tiles to a tile.
 //
 // Products and stacks come in order, experts in order; an expert's rows are cut into even runs, multiples of 8 rows; a band
 // of weight blocks is walked over all its runs. Where shared experts have rows enough to multiply all the time and routed ones
@@ -89,25 +173,6 @@ template <typename Shape, WeightOrder ORDER> struct Schedule {
   static constexpr int CLUSTER = Shape::CLUSTER;
   static_assert(CLUSTER == 1 || CLUSTER == 2, "a cluster has two blocks");
   const WgmmaLaunch& launch;
-  int* row_blocks_before;  // (num_groups + 1) in shared memory
-
-  // Where the numbers of rows come from: the ids of the slots, whether or not there are any, or the experts' offsets.
-  enum Source { EARLY_IDS, OFFSETS };
-  template <int THREADS> __device__ __forceinline__ void count_row_blocks(Source source) const {
-    if (source == EARLY_IDS) count_early_ids<THREADS>();
-    int group = threadIdx.x, first = 0;
-    for (int s = 0; s < launch.num_stacks; ++s) {
-      const ExpertStack& stack = launch.stacks[s];
-      for (; group - first < stack.num_experts; group += THREADS) {
-        bool counted = source == EARLY_IDS && stack.expert_offsets;
-        row_blocks_before[group] = runs_of(counted ? row_blocks_before[group] : rows_of(stack, group - first).count).row_blocks;
-      }
-      first += stack.num_experts;
-    }
-    if (group == first) row_blocks_before[group] = 0;
-    __syncthreads();  // every group is counted
-    exclusive_scan<THREADS>(row_blocks_before, first + 1);
-  }
 
   // A pair's gate and up rows come together, so that a lane holds both of a feature.
   __device__ __forceinline__ static bool pairs(const ExpertStack& stack) {
@@ -122,20 +187,20 @@ template <typename Shape, WeightOrder ORDER> struct Schedule {
 
   // The tile of this block at `position`. num_rows is negative where the position is to be passed over by all blocks of the
   // cluster; beyond the last tile stack_idx is -1.
-  __device__ __forceinline__ TileInfo tile(int position) const {
+  template <typename Counts> __device__ __forceinline__ TileInfo tile(int position, const Counts& counts) const {
     int num_stacks = launch.num_stacks;
     for (int s = 0, first = 0; s < num_stacks * launch.num_products; ++s) {
       if (s == num_stacks) first = 0;
-      if (Shape::ALTERNATES && launch.alternate && first == 0) position = in_turn(s, position);
+      if (Shape::ALTERNATES && launch.alternate && first == 0) position = in_turn(s, position, counts);
       const ExpertStack& stack = launch.stacks[s];
-      int last = first + stack.num_experts, before = row_blocks_before[first];
-      int of_row_block = positions_of_row_block(stack), positions = positions_of(stack, first);
+      int of_row_block = positions_of_row_block(stack), positions = counts.of_stack(stack, first) * of_row_block;
       if (position < positions) {
-        int group = find(first, last, before + position / of_row_block);
-        return cut(s, group - first, row_blocks_before[group], position - (row_blocks_before[group] - before) * of_row_block);
+        int before = counts.before_stack(first);
+        Found found = counts.find(stack, first, before + position / of_row_block);
+        return cut(s, found, position - (found.row_block - before) * of_row_block);
       }
       position -= positions;
-      first = last;
+      first += stack.num_experts;
     }
     TileInfo none{};
     none.stack_idx = -1;
@@ -146,66 +211,26 @@ template <typename Shape, WeightOrder ORDER> struct Schedule {
   __device__ __forceinline__ int positions_of_row_block(const ExpertStack& stack) const {
     return ceil_div(weight_blocks(stack), CLUSTER);
   }
-  // All of a stack whose first group is given.
-  __device__ __forceinline__ int positions_of(const ExpertStack& stack, int first) const {
-    return (row_blocks_before[first + stack.num_experts] - row_blocks_before[first]) * positions_of_row_block(stack);
-  }
 
   // Which position in the order of stacks comes at `position` of a product, whose first stack is s: shared, routed, shared ...
   // as long as there are both. Routed experts are those of the last stack.
-  __device__ __forceinline__ int in_turn(int s, int position) const {
-    int shared = 0, first = 0, last = s + launch.num_stacks - 1;
-    for (; s < last; ++s) {
-      shared += positions_of(launch.stacks[s], first);
-      first += launch.stacks[s].num_experts;
+  template <typename Counts> __device__ __forceinline__ int in_turn(int s, int position, const Counts& counts) const {
+    int shared = 0, routed = 0;
+    for (int first = 0, last = s + launch.num_stacks - 1; s <= last; ++s) {
+      const ExpertStack& stack = launch.stacks[s];
+      (s < last ? shared : routed) += counts.of_stack(stack, first) * positions_of_row_block(stack);
+      first += stack.num_experts;
     }
-    int routed = positions_of(launch.stacks[last], first), turns = min(shared, routed);
+    int turns = min(shared, routed);
     if (position < 2 * turns) return position / 2 + position % 2 * shared;
     return routed < shared && position < shared + routed ? position - turns : position;
   }
 
-  // row_blocks_before[group] <- how many slots name the expert; routed experts are those of the last stack.
-  template <int THREADS> __device__ __forceinline__ void count_early_ids() const {
-    int groups = 0, routed = 0;
-    for (int s = 0; s < launch.num_stacks; ++s) routed = groups, groups += launch.stacks[s].num_experts;
-    for (int group = threadIdx.x; group < groups; group += THREADS) row_blocks_before[group] = 0;
-    __syncthreads();  // the counts are zero
-    for (int slot = threadIdx.x; slot < launch.num_early_ids; slot += THREADS) {
-      uint32 expert = launch.early_ids[slot];
-      if (expert < (uint32)(groups - routed)) atomicAdd(&row_blocks_before[routed + expert], 1);
-    }
-    __syncthreads();  // every slot is counted
-  }
-
-  struct Rows { int begin, count; };
-  __device__ __forceinline__ static Rows rows_of(const ExpertStack& stack, int expert) {
-    if (!stack.expert_offsets) return {0, stack.num_rows};
-    int begin = stack.expert_offsets[expert];
-    return {begin, stack.expert_offsets[expert + 1] - begin};
-  }
-
-  // How an expert's rows are cut: one run, or CLUSTER times as many as are needed; the last one may have no rows then.
-  struct Runs { int length, row_blocks; };
-  __device__ __forceinline__ static Runs runs_of(int num_rows) {
-    if (num_rows <= Shape::MAX_ROWS) return {Shape::MAX_ROWS, num_rows > 0};
-    int length = ceil_div(ceil_div(num_rows, ceil_div(num_rows, CLUSTER * Shape::MAX_ROWS) * CLUSTER), 8) * 8;
-    return {length, ceil_div(num_rows, CLUSTER * length) * CLUSTER};
-  }
-
-  // The group that holds a row block: row_blocks_before[group] <= row_block < row_blocks_before[group + 1].
-  __device__ __forceinline__ int find(int low, int high, int row_block) const {
-    while (high - low > 1) {
-      int middle = (low + high) / 2;
-      if (row_blocks_before[middle] <= row_block) low = middle; else high = middle;
-    }
-    return low;
-  }
-
   // The tile at the given position among those of an expert.
-  __device__ __forceinline__ TileInfo cut(int stack_idx, int expert, int first_row_block, int position) const {
+  __device__ __forceinline__ TileInfo cut(int stack_idx, const Found& found, int position) const {
     const ExpertStack& stack = launch.stacks[stack_idx];
-    Rows rows = rows_of(stack, expert);
-    Runs runs = runs_of(rows.count);
+    Rows rows = found.rows;
+    Runs runs = runs_of<Shape>(rows.count);
     int blocks = weight_blocks(stack), all_blocks = ceil_div(blocks, CLUSTER) * CLUSTER, rank = blockIdx.x % CLUSTER;
     bool together = CLUSTER > 1 && runs.row_blocks > 1;
     int run = 0, weight_block = position * CLUSTER + rank;
@@ -218,8 +243,8 @@ template <typename Shape, WeightOrder ORDER> struct Schedule {
     int num_rows = max(min(runs.length, rows.count - run * runs.length), 0);
     if (weight_block >= blocks) num_rows = together ? -1 : 0;
     int block_k = inward(stack) ? 2 * BLOCK_K : BLOCK_K;
-    return {stack_idx, expert, rows.begin + run * runs.length, num_rows, weight_block, ceil_div(stack.inner, block_k),
-            first_row_block + run, together};
+    return {stack_idx, found.expert, rows.begin + run * runs.length, num_rows, weight_block, ceil_div(stack.inner, block_k),
+            found.row_block + run, together};
   }
 };
 

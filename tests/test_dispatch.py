@@ -16,7 +16,7 @@ from cumoe.gpu.stacks import ExpertStack, strides
 RAGGED = (0, 1, 7, 8, 9, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255)
 TILES = [tile for tile in config.CONFIGS if tile.engine == "wgmma"]
 FORMS = [TILES[0]._replace(pairs="woven"), *TILES]
-NUM_SMS = 132
+NUM_SMS, INNER = 132, 4096
 BAND = 4  # weight blocks that the kernel walks together
 
 LIMITS = config.WGMMA_MEAN_ROWS
@@ -27,7 +27,7 @@ each_tile = pytest.mark.parametrize("tile", TILES, ids=lambda tile: tile.name)
 
 def chosen(*sizes):
     """Return the tile for (num_experts, num_rows, weight_rows) of every stack."""
-    return config.select_config("wgmma", tuple(StackSizes(*size) for size in sizes), NUM_SMS)
+    return config.select_config("wgmma", tuple(StackSizes(*size, INNER) for size in sizes), NUM_SMS)
 
 
 # --- the choice ---
@@ -73,7 +73,7 @@ def test_a_wide_shared_expert_asks_for_a_tile_that_holds_its_rows(rows):
 @pytest.mark.parametrize("rows", RAGGED)
 def test_ragged_rows_get_a_tile_and_a_grid(rows):
     """Without rows there is nothing to launch; with rows, no more blocks than an SM holds."""
-    sizes = (StackSizes(4, rows, 272), StackSizes(1, rows, 72))
+    sizes = (StackSizes(4, rows, 272, INNER), StackSizes(1, rows, 72, INNER))
     tile = config.select_config("wgmma", sizes, NUM_SMS)
     assert tile in TILES
     for shape in (tile, tile.alone()):
@@ -110,10 +110,47 @@ def test_the_smallest_tile_serves_few_tiles():
 def test_the_form_of_the_smallest_tile_follows_from_how_many_there_are(tiles_of_an_sm, form):
     """Up to the limit; larger tiles have one form."""
     weight_rows = 64 * tiles_of_an_sm * NUM_SMS // 11
-    sizes, more = ((StackSizes(11, 11, rows),) for rows in (weight_rows, weight_rows + 1))
-    assert config.spread(TILES[0], sizes, NUM_SMS) == form
-    assert config.spread(TILES[0], more, NUM_SMS) != form or form == TILES[0]
-    assert all(config.spread(tile, sizes, NUM_SMS) == tile for tile in TILES[1:])
+    sizes, more = ([(StackSizes(11, 11, rows, INNER),)] for rows in (weight_rows, weight_rows + 1))
+    assert config.spread(TILES[0], sizes, 0, NUM_SMS) == form
+    assert config.spread(TILES[0], more, 0, NUM_SMS) != form or form == TILES[0]
+    assert all(config.spread(tile, sizes, 0, NUM_SMS) == tile for tile in TILES[1:])
+
+
+@pytest.mark.parametrize(
+    ("layer", "form"),
+    [
+        ("Qwen3-30B-A3B, 1 token", "woven, 2 blocks, few"),
+        ("Qwen3-30B-A3B, 4 tokens", "halves, 1 blocks, few"),
+        ("Qwen3-30B-A3B, 5 tokens: 40 slots", "halves, 1 blocks, many"),
+        ("Qwen3-30B-A3B, 8 tokens", "halves, 2 blocks, many"),
+        ("Qwen3-Next-80B, 3 tokens: a tile has 4 inner blocks", "woven, 2 blocks, few"),
+        ("Qwen3-Next-80B, 8 tokens", "woven, 2 blocks, many"),
+        ("Mixtral-8x7B, 1 token: 448 tiles of halves on 132 SMs, 128 in the second product", "woven, 1 blocks, few"),
+        ("Llama-4-Scout, 1 token: the second product has 160", "halves, 1 blocks, few"),
+        ("DeepSeek-V3, 1 token", "halves, 1 blocks, few"),
+    ],
+)
+def test_forms_of_layers(layer, form):
+    """At most 32 slots are few; see the table of what was tried in kernels/README.md."""
+    name, rest = layer.split(" token")[0].rsplit(", ", 1)
+    hidden, width, experts, top_k, shared = {
+        "Qwen3-30B-A3B": (2048, 768, 128, 8, ()),
+        "Qwen3-Next-80B": (2048, 512, 512, 10, (512,)),
+        "Mixtral-8x7B": (4096, 14336, 8, 2, ()),
+        "Llama-4-Scout": (5120, 8192, 16, 1, (8192,)),
+        "DeepSeek-V3": (7168, 2048, 256, 8, (2048,)),
+    }[name]
+    tokens = int(rest)
+    stacks = [(experts, tokens * top_k, width), *((1, tokens, own) for own in shared)]
+    first = tuple(StackSizes(number, rows, 2 * own, hidden) for number, rows, own in stacks)
+    second = tuple(StackSizes(number, rows, hidden, own) for number, rows, own in stacks)
+    tile = config.select_config("wgmma", first, NUM_SMS)
+    assert tile == TILES[0]
+    tile = config.spread(tile, (first, second), tokens * top_k, NUM_SMS)
+    assert f"{tile.pairs}, {tile.blocks_per_sm} blocks, {tile.slots}" == form
+    assert tile.name == ("16x64few" if tile.slots == "few" else "16x64")
+    assert config.spread(TILES[0], (first, second), 0, NUM_SMS).slots == "many"  # it is not told of the slots
+    assert config.spread(TILES[0], (first,), tokens * top_k, NUM_SMS).slots == "many"  # one product
 
 
 @pytest.mark.parametrize("num_sms", [1, 2, 7, 114, 131, 132])
@@ -121,7 +158,7 @@ def test_the_form_of_the_smallest_tile_follows_from_how_many_there_are(tiles_of_
 def test_a_cluster_is_never_torn(tile, num_sms):
     """Blocks that share weights come in whole clusters, whatever the number of SMs and of tiles."""
     for rows in (1, 8, 200, 5000):
-        tiles = config.max_tiles(tile, (StackSizes(3, rows, 300), StackSizes(1, rows, 77)))
+        tiles = config.max_tiles(tile, (StackSizes(3, rows, 300, INNER), StackSizes(1, rows, 77, INNER)))
         grid = config.grid_size(tile, tiles, num_sms)
         assert grid % tile.cluster == 0
         assert grid > 0 or num_sms < tile.cluster
@@ -169,7 +206,7 @@ def check_runs(num_rows, tile):
 def test_ragged_rows_are_covered_once(tile, num_rows):
     """And an expert of its own needs no more tiles than are reserved for it."""
     check_runs(num_rows, tile)
-    sizes, runs = (StackSizes(1, num_rows, tile.weight_rows),), len(runs_of(num_rows, tile))
+    sizes, runs = (StackSizes(1, num_rows, tile.weight_rows, INNER),), len(runs_of(num_rows, tile))
     assert runs <= config.max_row_blocks(tile, num_rows, 1) == config.max_tiles(tile, sizes)
     assert tile.cluster > 1 or runs == config.max_row_blocks(tile, num_rows, 1)
 
@@ -211,7 +248,7 @@ def test_max_tiles_bounds_what_the_kernel_counts(drawn, tile, without_expert):
     sizes, tiles = [], 0
     for rows_of, width, paired in drawn:
         weight_rows = 2 * width if paired else width
-        sizes.append(StackSizes(len(rows_of), sum(rows_of) + without_expert, weight_rows))
+        sizes.append(StackSizes(len(rows_of), sum(rows_of) + without_expert, weight_rows, INNER))
         tiles += sum(len(list(walked(rows, tile, -(-weight_rows // tile.weight_rows)))) for rows in rows_of)
     assert tiles <= config.max_tiles(tile, tuple(sizes)) == config.max_tiles(tile.alone(), tuple(sizes))
 

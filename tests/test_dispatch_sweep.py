@@ -19,7 +19,8 @@ from cumoe.gpu.config import StackSizes
 
 NUM_SMS = (1, 20, 78, 108, 132, 148)
 ENGINES = ("wgmma", "mma", "simt")
-COUNTS = (0, 1, 9, 17, 65, 130, 0, 40)
+COUNTS = {"many": (0, 1, 9, 17, 65, 130, 0, 40), "few": (0, 1, 9, 0, 17, 3)}
+INNER = (512, 4096)
 KINDS = {
     "silu": {"activation": "silu", "layout": "stacked"},
     "gpt_oss": {"activation": "gpt_oss", "layout": "interleaved"},
@@ -33,10 +34,14 @@ def reachable(engine):
     found = set()
     rows = (1, 2, 4, 5, 16, 17, 24, 25, 64, 65, 128, 129, 200, 384, 385, 2000)
     for num_sms, num_experts, mean, width in product(NUM_SMS, (1, 8, 256), rows, (64, 768, 4096, 28672)):
-        routed = StackSizes(num_experts, num_experts * mean, width)
-        for shared in ((), (StackSizes(1, 64, width),), (StackSizes(1, 4096, 4 * width),)):
+        routed = StackSizes(num_experts, num_experts * mean, width, 64)
+        for shared in ((), (StackSizes(1, 64, width, 64),), (StackSizes(1, 4096, 4 * width, 64),)):
             sizes = (routed, *shared)
-            found.add(config.spread(config.select_config(engine, sizes, num_sms), sizes, num_sms))
+            tile = config.select_config(engine, sizes, num_sms)
+            found.add(config.spread(tile, (sizes,), 0, num_sms))
+            for inner, num_slots in product(INNER, (0, 1)):
+                second = tuple(size._replace(weight_rows=64, inner=inner) for size in sizes)
+                found.add(config.spread(tile, (sizes, second), num_slots, num_sms))
     return sorted(found)
 
 
@@ -51,31 +56,32 @@ ALL = [tile for engine in ENGINES for tile in reachable(engine)]
 @pytest.mark.parametrize("engine", ENGINES)
 def test_no_tile_is_out_of_reach(engine):
     """Each entry of the table is chosen for something, and nothing is chosen that is not in it, but for its form."""
-    plain = {tile._replace(pairs="halves", stages=0, blocks_per_sm=0) for tile in reachable(engine)}
+    plain = {tile._replace(pairs="halves", slots="many", stages=0, blocks_per_sm=0) for tile in reachable(engine)}
     table = {tile._replace(stages=0, blocks_per_sm=0) for tile in config.CONFIGS if tile.engine == engine}
     assert plain == table
     for tile in reachable(engine):
-        assert any(tile._replace(pairs="halves") in (entry, entry.alone()) for entry in config.CONFIGS)
+        plainly = tile._replace(pairs="halves", slots="many")
+        assert any(plainly in (entry, entry.alone()) for entry in config.CONFIGS)
 
 
 @cache
-def ragged_layer(dtype, order, kind, odd):
+def ragged_layer(dtype, order, kind, odd, slots):
     """Return a layer whose expert e has exactly COUNTS[e] rows, in shuffled order; odd: no tensor core reads it."""
-    rng = np.random.default_rng(13)
+    rng, counts = np.random.default_rng(13), COUNTS[slots]
     hidden_size, intermediate_size, shared = (67, 37, 21) if odd else (136, 72, 40)
     layer = random_layer(
-        rng, dtype, num_tokens=sum(COUNTS), hidden_size=hidden_size, intermediate_size=intermediate_size,
-        num_experts=len(COUNTS), top_k=1, shared_sizes=(shared,), biases=True, transposed=order == "row_major",
+        rng, dtype, num_tokens=sum(counts), hidden_size=hidden_size, intermediate_size=intermediate_size,
+        num_experts=len(counts), top_k=1, shared_sizes=(shared,), biases=True, transposed=order == "row_major",
         weight_on="input", **KINDS[kind],
     )  # fmt: skip
-    ids = np.repeat(np.arange(len(COUNTS), dtype=np.int32), COUNTS)
+    ids = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     return replace(layer, topk_ids=rng.permutation(ids)[:, None])
 
 
 @cache
-def expected(dtype, kind, odd):
+def expected(dtype, kind, odd, slots):
     """Return the layer by definition; the order of axes does not matter."""
-    return ragged_layer(dtype, "inner_major", kind, odd).expected()
+    return ragged_layer(dtype, "inner_major", kind, odd, slots).expected()
 
 
 def kernel_of(tile, dtype, order):
@@ -125,8 +131,8 @@ def test_every_tile_that_dispatch_can_choose(monkeypatch, tile, dtype, order, ki
     if tile.engine == "wgmma" and not has_wgmma(0):
         pytest.skip("no GPU that the Hopper kernels serve")
     odd = tile.engine == "simt"
-    y, launched = run_forced(monkeypatch, tile, ragged_layer(dtype, order, kind, odd))
-    assert_close(y, expected(dtype, kind, odd), dtype, name_of(tile))
+    y, launched = run_forced(monkeypatch, tile, ragged_layer(dtype, order, kind, odd, tile.slots))
+    assert_close(y, expected(dtype, kind, odd, tile.slots), dtype, name_of(tile))
     wanted = kernel_of(tile, dtype, order)
     # Where float32 units serve, hidden rows are float32 and a kernel of two types reads them.
     second = {f"grouped_gemm_simt_float32_{dtype}"} if odd else set()

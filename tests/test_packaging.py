@@ -35,6 +35,7 @@ HOPPER_SM_BYTES, RESERVED_BYTES = 233_472, 1024  # of an SM; of them for every b
 MAX_GROUPS = GPU_MAX_EXPERTS + grouped_gemm.MAX_STACKS
 
 WGMMA_TILES = [tile for tile in config.CONFIGS if tile.engine == "wgmma"]
+WGMMA_TILES.insert(1, config.SMALLEST_WGMMA_TILE._replace(slots="few"))
 
 LAUNCHES = {
     "CombineLaunch": combine.LAUNCH,
@@ -214,12 +215,13 @@ def test_tiles_are_those_of_the_kernels():
 def test_hopper_tiles_are_those_of_the_kernels():
     """Rows, warpgroups and blocks of an SM as the sources have them; a warpgroup has 64 weight rows of each half."""
     text = "\n".join(CUDA.values())
-    shapes = re.findall(r"using Shape([\dx]+) = TileShape<(\d+), (\d+), (\d+), (\w+)(?:, (\d+))?>;", text)
+    shapes = re.findall(r"using Shape(\w+) = TileShape<(\d+), (\d+), (\d+), (\w+)(?:, (\d+))?(?:, (\w+))?>;", text)
     inner = int(re.search(r"\bBLOCK_K = (\d+), ROW_BYTES = ", text)[1])
     assert len(shapes) == len(WGMMA_TILES)
     for shape, tile in zip(shapes, WGMMA_TILES, strict=True):
         name, (block_m, consumers, blocks) = shape[0], map(int, shape[1:4])
         assert (name, shape[4], int(shape[5] or 1)) == (tile.name, tile.halves.upper(), tile.cluster)
+        assert (shape[6] or "MANY").lower() == tile.slots
         assert (block_m, 64 * consumers, inner, blocks) == (tile.block_m, tile.half, tile.block_k, tile.blocks_per_sm)
         assert tile.threads == (2 + consumers) * number("WARPGROUP")
         assert 2 <= tile.stages <= tile.alone().stages <= number("MAX_STAGES")
@@ -276,7 +278,7 @@ def test_max_tiles_bounds_the_tiles_of_any_routing(drawn, tile, without_expert):
     sizes, tiles = [], 0
     for rows_of, width, paired in drawn:
         weight_rows = 2 * width if paired else width
-        sizes.append(config.StackSizes(len(rows_of), sum(rows_of) + without_expert, weight_rows))
+        sizes.append(config.StackSizes(len(rows_of), sum(rows_of) + without_expert, weight_rows, 64))
         per_block = tile.half * (1 if paired else 2)
         n_blocks = -(-width // per_block)
         tiles += sum(-(-rows // tile.block_m) for rows in rows_of) * n_blocks
@@ -289,7 +291,7 @@ def test_max_tiles_bounds_the_tiles_of_any_routing(drawn, tile, without_expert):
 @given(st.sampled_from(["mma", "simt"]), st.integers(1, 64), st.integers(0, 10_000))
 def test_the_chosen_tile_holds_the_mean_expert_or_is_the_largest(engine, num_experts, num_rows):
     """And no smaller tile would hold it."""
-    tile = config.select_config(engine, (config.StackSizes(num_experts, num_rows, 64),), 132)
+    tile = config.select_config(engine, (config.StackSizes(num_experts, num_rows, 64, 64),), 132)
     mean = -(-num_rows // num_experts)
     heights = [other.block_m for other in config.CONFIGS if other.engine == engine]
     assert tile in config.CONFIGS

@@ -35,7 +35,7 @@ def test_every_place_comes_once(shared, routed):
 
 def alternates(*sizes):
     """Return whether the layer's tile takes turns, for (num_experts, num_rows, weight_rows) of every stack."""
-    stacks = tuple(StackSizes(*size) for size in sizes)
+    stacks = tuple(StackSizes(*size, 4096) for size in sizes)
     return config.alternates(config.select_config("wgmma", stacks, NUM_SMS), stacks)
 
 
@@ -67,7 +67,7 @@ def test_layers_that_take_turns(layer, expected):
 
 def test_only_some_tiles_take_turns():
     """Those of the kernels that are compiled for it."""
-    stacks = (StackSizes(16, 512, 512), StackSizes(1, 512, 512))
+    stacks = (StackSizes(16, 512, 512, 512), StackSizes(1, 512, 512, 512))
     own = {tile.name for tile in config.CONFIGS if config.alternates(tile, stacks)}
     assert own == set(config.ALTERNATING_TILES)
     assert {tile.block_m for tile in config.CONFIGS if tile.name in own} == {144}

@@ -1,10 +1,14 @@
 """Which kernel serves a grouped GEMM, with what grid: pure functions of integers, importable without a GPU."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 THREADS = 256
 WARPGROUP = 128
 SMALLEST_SLAB_BYTES = 2 * 16 * 68 * 4
+
+FEW_SLOTS = 32
+"""Up to so many slots are sorted by the kernel of the smallest wgmma tile itself: see kernels/few_slots_sm90.cuh."""
 
 
 class Gpu(NamedTuple):
@@ -28,6 +32,7 @@ class TileConfig(NamedTuple):
     pairs: str = "halves"  # how gate and up rows lie in a tile, or "woven" where halves are "inner"
     slab_rows: int = 0  # rows of results that wgmma stores at a time
     cluster: int = 1  # neighbouring blocks that share weights
+    slots: str = "many"  # or "few", which the kernel sorts by itself
 
     @property
     def weight_rows(self) -> int:
@@ -37,7 +42,7 @@ class TileConfig(NamedTuple):
     @property
     def name(self) -> str:
         """Rows x weight rows, as kernels are named."""
-        tile = f"{self.block_m}x{self.weight_rows}"
+        tile = f"{self.block_m}x{self.weight_rows}" + ("few" if self.slots == "few" else "")
         return tile if self.cluster == 1 else f"{self.cluster}x{tile}"
 
     @property
@@ -101,7 +106,13 @@ MANY_ROWS = 144
 
 WOVEN_TILES, ALONE_TILES, FEW_TILES = 3, 10, 18
 """Up to how many tiles an SM has in the first product, the smallest wgmma tile weaves pairs, has an SM for itself, and
-serves at all: with few tiles, small ones leave fewer SMs idle at the end; with many, large ones read memory faster."""
+serves at all: with few tiles, small ones leave fewer SMs idle at the end; with many, large ones read memory faster.
+Where the second product has a tile an SM or less, which evens nothing out, a tile alone weaves pairs too if that gives
+the SMs more equal work."""
+
+SHORT_INNER = 512
+"""Up to this intermediate size two blocks of an SM are quicker than one with all stages: a tile of the second product
+has fewer inner blocks than a block has stages, and much of its time is the way from one to the next."""
 
 PASSING_BYTES = 256 << 20
 """Up to so many bytes of weights, each of which the smallest wgmma tile reads once, these are the first to leave the L2
@@ -123,6 +134,7 @@ class StackSizes(NamedTuple):
     num_experts: int
     num_rows: int  # all rows of the stack
     weight_rows: int
+    inner: int  # length of the dot products
 
 
 def select_config(engine: str, stacks: tuple[StackSizes, ...], num_multiprocessors: int) -> TileConfig:
@@ -164,14 +176,35 @@ def max_row_blocks(config: TileConfig, num_rows: int, num_experts: int) -> int:
     return config.cluster * ((num_rows - hit) // (config.cluster * config.block_m) + hit)
 
 
-def spread(config: TileConfig, stacks: tuple[StackSizes, ...], num_multiprocessors: int) -> TileConfig:
-    """Return the tile in the form that suits the number of tiles of the first product: see `WOVEN_TILES`."""
+def spread(
+    config: TileConfig, products: Sequence[tuple[StackSizes, ...]], num_slots: int, num_multiprocessors: int
+) -> TileConfig:
+    """Return the tile in the form that suits the number of tiles, see `WOVEN_TILES`, and of slots, see `FEW_SLOTS`.
+
+    Parameters
+    ----------
+    products : sequence of tuple of StackSizes
+        The stacks of each product of the launch, one or two; routed experts come first.
+    num_slots : int
+        How many the kernel could sort by itself; 0 where it is not told of them.
+    """
     if config.halves == "rows":
         return config
-    tiles = max_tiles(config, stacks)
+    if len(products) == 2 and 0 < num_slots <= FEW_SLOTS:
+        config = config._replace(slots="few")
+    woven = config._replace(pairs="woven")
+    first, second = products[0], products[1] if len(products) == 2 else ()
+    tiles = max_tiles(config, first)
     if tiles <= WOVEN_TILES * num_multiprocessors:
-        return config._replace(pairs="woven")
-    return config.alone() if tiles <= ALONE_TILES * num_multiprocessors else config
+        return woven
+    if tiles > ALONE_TILES * num_multiprocessors:
+        return config
+    if second and second[0].inner <= SHORT_INNER:
+        return woven
+    turns, turns_of_halves = -(-tiles // num_multiprocessors), -(-tiles // (2 * num_multiprocessors))
+    if second and max_tiles(config, second) <= num_multiprocessors and turns < 2 * turns_of_halves:
+        return woven.alone()
+    return config.alone()
 
 
 def alternates(config: TileConfig, stacks: tuple[StackSizes, ...]) -> bool:

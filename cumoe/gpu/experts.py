@@ -1,6 +1,6 @@
 """The expert projections on CuPy arrays: routed and shared experts in the same launches."""
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from cumoe.door.arrays import cupy
 from cumoe.gpu.compile import has_wgmma
 from cumoe.gpu.config import SMALLEST_WGMMA_TILE, max_row_blocks
 from cumoe.gpu.gate import shared_gate
-from cumoe.gpu.grouped_gemm import run, run_both
+from cumoe.gpu.grouped_gemm import Slots, run, run_both
 from cumoe.gpu.stacks import ExpertStack, weight_order
 
 Buffers = dict[str, tuple[tuple[int, ...], np.dtype]]
@@ -73,11 +73,11 @@ def forward(
     shared: tuple[SharedExperts, ...],
     weight_on: str,
     out: dict[str, Any],
-    early_ids: Any = None,
+    ids_known: Literal["early", "late"] = "late",
 ) -> tuple[Any, Any]:
     """Return (rows, shared_rows): weighted routed rows in sorted order, gated shared rows in token order.
 
-    `early_ids`: see `run_both`.
+    `ids_known`: see `Slots`.
     """
     num_tokens, top_k = routing.topk_ids.shape
     factors = routing.topk_weights
@@ -114,7 +114,7 @@ def forward(
             first.append(_gate_up(x, own, hidden, num_rows=num_tokens))
             second.append(_down(hidden, own, out["shared_rows"][s], num_rows=num_tokens, scale_out=gates))
             s += 1
-    run_both(first, second, out["progress"], early_ids)
+    run_both(first, second, out["progress"], Slots(routing.topk_ids, routing.topk_weights, ids_known))
     return out["rows"], out["shared_rows"]
 
 

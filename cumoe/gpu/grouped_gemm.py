@@ -1,12 +1,13 @@
 """Launching kernels/grouped_gemm_*: the products of expert stacks, one projection or both in one launch."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from cumoe.gpu.compile import current_device, launch, num_multiprocessors
 from cumoe.gpu.config import PASSING_BYTES, TileConfig, alternates, grid_size, max_tiles, select_config, spread
+from cumoe.gpu.group import ONE_BLOCK_SLOTS
 from cumoe.gpu.stacks import STACK, ExpertStack, strides
 from cumoe.gpu.structs import Packed, Struct, joined
 from cumoe.gpu.tensor_map import MAP_BYTES, row_map, weight_map
@@ -16,10 +17,22 @@ MAX_STACKS = 8
 
 PORTABLE_TAIL = Struct(int32=("num_stacks", "c_is_float32"))
 WGMMA_TAIL = Struct(
-    pointer=("progress", "early_ids"),
-    int32=("num_stacks", "num_products", "num_stages", "weave", "pass_through", "num_early_ids", "alternate"),
+    pointer=("progress", "topk_ids", "topk_weights"),
+    int32=(
+        *("num_stacks", "num_products", "num_stages", "alternate"),
+        *("weave", "pass_through", "num_slots", "ids_are_early"),
+    ),
 )
 WGMMA_BYTES = -(-(2 * MAX_STACKS * (3 * MAP_BYTES + STACK.itemsize) + WGMMA_TAIL.itemsize) // 64) * 64
+
+
+class Slots(NamedTuple):
+    """The routing of a launch of both projections; the routed experts are those of the first stack."""
+
+    topk_ids: Any  # (num_tokens, top_k) C-contiguous int32
+    topk_weights: Any  # (num_tokens, top_k) C-contiguous float32
+    known: Literal["early", "late"]
+    """Whether both were there before the previous kernel on the stream began, or only when it has ended."""
 
 
 class Work(NamedTuple):
@@ -30,7 +43,7 @@ class Work(NamedTuple):
     stacks: tuple[ExpertStack, ...]
 
 
-def run_both(first: Iterable[ExpertStack], second: Iterable[ExpertStack], progress: Any, early_ids: Any = None) -> None:
+def run_both(first: Iterable[ExpertStack], second: Iterable[ExpertStack], progress: Any, slots: Slots) -> None:
     """Launch both projections: stack s of `second` reads what stack s of `first` writes.
 
     The Hopper kernels compute both in one launch if they serve all stacks and these fit; else one projection comes
@@ -40,14 +53,13 @@ def run_both(first: Iterable[ExpertStack], second: Iterable[ExpertStack], progre
     ----------
     progress : (1 + max_row_blocks of every stack,) int32 CuPy array
         Zeros when the launch begins.
-    early_ids : (num_tokens, top_k) C-contiguous int32 CuPy array, optional
-        The experts of all slots, if they were there before the previous kernel on the stream began: rows are then
-        counted before it ends. The routed experts are those of the first stack.
+    slots : Slots
+        What the Hopper kernels need not wait for where there are few.
     """
     first, second = ([stack for stack in stacks if stack.num_rows > 0] for stacks in (first, second))
     kernels = {stack.kernel for stack in (*first, *second)}
     if len(kernels) == 1 and len(first) <= MAX_STACKS and (kernel := kernels.pop())[0] == "wgmma":
-        _launch_wgmma(kernel, (first, second), progress, early_ids)
+        _launch_wgmma(kernel, (first, second), progress, slots)
     else:
         run(first)
         run(second)
@@ -84,25 +96,31 @@ def _launch_portable(kernel: tuple[str, ...], stacks: Sequence[ExpertStack]) -> 
 
 
 def _launch_wgmma(
-    kernel: tuple[str, ...], products: Sequence[Sequence[ExpertStack]], progress: Any = None, early_ids: Any = None
+    kernel: tuple[str, ...],
+    products: Sequence[Sequence[ExpertStack]],
+    progress: Any = None,
+    slots: Slots | None = None,
 ) -> None:
     _, dtype, order = kernel
     sizes = [tuple(stack.sizes for stack in stacks) for stacks in products]
     num_sms = _num_sms()
-    config = spread(select_config("wgmma", sizes[0], num_sms), sizes[0], num_sms)
+    num_slots = 0 if slots is None or slots.topk_ids.size > ONE_BLOCK_SLOTS else slots.topk_ids.size
+    config = spread(select_config("wgmma", sizes[0], num_sms), sizes, num_slots, num_sms)
     tiles = sum(max_tiles(config, some) for some in sizes)
     # Shared experts come first, or in turn: the routed ones' smaller pieces even out the end.
     ordered = [stack for first, *others in products for stack in (*others, first)]
     tail = WGMMA_TAIL(
         progress=progress,
-        early_ids=early_ids,
+        topk_ids=slots.topk_ids if num_slots else None,
+        topk_weights=slots.topk_weights if num_slots else None,
         num_stacks=len(products[0]),
         num_products=len(products),
         num_stages=config.stages,
+        alternate=len(products) == 2 and alternates(config, sizes[0]),
         weave=config.pairs == "woven",
         pass_through=sum(stack.weight_bytes for stack in ordered) <= PASSING_BYTES,
-        num_early_ids=0 if early_ids is None else early_ids.size,
-        alternate=len(products) == 2 and alternates(config, sizes[0]),
+        num_slots=num_slots,
+        ids_are_early=num_slots > 0 and slots.known == "early",
     )
     packed = joined((_maps(ordered, order, config), _pack(ordered, 2 * MAX_STACKS), tail))
     grid = grid_size(config, tiles, num_sms)

@@ -44,7 +44,8 @@ class ExpertStack:
     @property
     def sizes(self) -> StackSizes:
         """The integers that decide about tiles."""
-        return StackSizes(self.w.shape[0], self.num_rows, self.w.shape[1])
+        num_experts, weight_rows, inner = self.w.shape
+        return StackSizes(num_experts, self.num_rows, weight_rows, inner)
 
     @property
     def weight_bytes(self) -> int:

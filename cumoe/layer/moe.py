@@ -17,7 +17,6 @@ from cumoe.door.streams import on_producers_stream
 from cumoe.gpu import experts as gpu_experts
 from cumoe.gpu.captures import kept_if_captured
 from cumoe.gpu.combine import combine as gpu_combine
-from cumoe.gpu.group import ONE_BLOCK_SLOTS
 from cumoe.gpu.group import group as gpu_group
 from cumoe.gpu.workspace import layer_buffers
 
@@ -162,9 +161,9 @@ def forward(
         rows = cpu_experts.routed_rows(x, routing, groups, weights, weight_on)
         cpu_combine(rows, groups.inverse_permutation, None, cpu_experts.shared_rows(x, shared), y, residual)
         return
-    early_ids = None
+    ids_known: Literal["early", "late"] = "late"
     if groups is None:
         groups = gpu_group(routing.topk_ids, experts.num_experts, buffers)
-        early_ids = routing.topk_ids if routing.topk_ids.size <= ONE_BLOCK_SLOTS else None  # one kernel lies between
-    rows, shared_rows = gpu_experts.forward(x, routing, groups, weights, shared, weight_on, buffers, early_ids)
+        ids_known = "early"
+    rows, shared_rows = gpu_experts.forward(x, routing, groups, weights, shared, weight_on, buffers, ids_known)
     gpu_combine(rows, groups.inverse_permutation, None, shared_rows, y, residual)
