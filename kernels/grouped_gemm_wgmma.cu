@@ -1,5 +1,5 @@
 // The kernel of grouped_gemm_wgmma.cuh for one type, one order of weights and one shape of tile, which cumoe/gpu/sources.py
-// defines in front of this text: 24 units, so that they compile side by side.
+// defines in front of this text: 28 units, so that they compile side by side.
 #include "grouped_gemm_wgmma.cuh"
 
 using UnitGemm = hopper::GroupedGemm<UNIT_TYPE, UNIT_SHAPE, UNIT_ORDER>;

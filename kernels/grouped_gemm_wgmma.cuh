@@ -42,9 +42,8 @@
 // The sum over the inner dimension runs in the same order whatever the tile, so a row has the same bits in every batch.
 #pragma once
 #include "barriers_sm90.cuh"
-#include "few_slots_sm90.cuh"
 #include "finish_sm90.cuh"
-#include "overlap.cuh"
+#include "schedule_sm90.cuh"
 #include "wgmma.cuh"
 
 namespace hopper {
@@ -84,13 +83,13 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
 
   // --- the planner: a warp -------------------------------------------------------------------------------------------
 
-  template <typename Counts> __device__ __forceinline__ void plan_tiles(Positions<CLUSTER> position, const Counts& counts) const {
+  __device__ __forceinline__ void plan_tiles(Positions<CLUSTER> position, const RowBlocks<Shape>& row_blocks) const {
     for (Turn turn;; ++turn.tile) {
       Place& next = ring[turn.place()];
       barrier_wait(barriers.free(turn.place()), turn.parity() ^ 1);
-      while (!find_tile(position.value, counts, next.tile)) position.advance();
+      while (!find_tile(position.value, row_blocks, next.tile)) position.advance();
       if (threadIdx.x % WARP == 0) barrier_arrive(barriers.placed(turn.place()));
-      describe_rows(next, counts);
+      describe_rows(next, row_blocks);
       barrier_arrive(barriers.told(turn.place()));
       if (next.tile.stack_idx < 0) return;
       barrier_wait(barriers.wanted(), turn.tile % 2);  // as late as possible, so that the last tiles go to whoever is free
@@ -99,18 +98,18 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
   }
 
   // Writes the tile at `position`, unless it is to be passed over.
-  template <typename Counts> __device__ __forceinline__ bool find_tile(int position, const Counts& counts, TileInfo& found) const {
-    TileInfo tile = schedule.tile(position, counts);
+  __device__ __forceinline__ bool find_tile(int position, const RowBlocks<Shape>& row_blocks, TileInfo& found) const {
+    TileInfo tile = schedule.tile(position, row_blocks);
     if (tile.num_rows < 0) return false;
     if (threadIdx.x % WARP == 0) found = tile;
     __syncwarp();
     return true;
   }
 
-  template <typename Counts> __device__ __forceinline__ void describe_rows(Place& place, const Counts& counts) const {
+  __device__ __forceinline__ void describe_rows(Place& place, const RowBlocks<Shape>& row_blocks) const {
     const ExpertStack& stack = stack_of(place.tile);
     if constexpr (Shape::SLOTS == FEW) {
-      if (place.tile.num_rows > 0 && stack.expert_offsets) return counts.describe(stack, place);
+      if (place.tile.num_rows > 0 && stack.expert_offsets) return row_blocks.describe(stack, place);
     }
     for (int r = threadIdx.x % WARP; r < place.tile.num_rows; r += WARP) {
       RowScales scales = row_scales(stack, place.tile.row_begin + r);
@@ -354,42 +353,15 @@ __device__ __forceinline__ void grouped_gemm(const WgmmaLaunch& launch) {
   Gemm gemm{launch, {launch}, barriers, ring, stages};
   int warp = __shfl_sync(FULL_MASK, threadIdx.x / WARP, 0), warpgroup = warp / 4;
   Positions<Gemm::CLUSTER> position{launch.progress, barriers.mail};
-  auto counts = [&] {
-    if constexpr (Shape::SLOTS == FEW) return FewSlots<Shape>{launch};
-    else return RowBlocks<Shape>{launch, reinterpret_cast<int*>(after)};
-  }();
-  if constexpr (Shape::SLOTS == FEW) {
-    if (warp == 4 && launch.ids_are_early) counts.read();
-    __syncthreads();  // the barriers stand
-    wait_for_previous_kernel();
-    launch_next_kernel();
-    if (warp == 4) {
-      position.ask();
-      if (!launch.ids_are_early) counts.read();
-      counts.sort();
-    }
-  } else {
-    // Before the previous kernel has ended rows are counted as far as can be: that is all there is to count where ids came
-    // early, and elsewhere the code has been fetched then. The barriers in there also publish those above.
-    constexpr int FIRST = Shape::COUNTS_EARLY ? RowBlocks<Shape>::EARLY_IDS : RowBlocks<Shape>::OFFSETS;
-#pragma unroll 1
-    for (int source = FIRST; source <= RowBlocks<Shape>::OFFSETS; ++source) {
-      if (source == RowBlocks<Shape>::OFFSETS) {
-        wait_for_previous_kernel();
-        launch_next_kernel();
-        if (warp == 4) position.ask();
-        if (Shape::COUNTS_EARLY && launch.ids_are_early) break;
-      }
-      counts.template count<Gemm::THREADS>(static_cast<typename RowBlocks<Shape>::Source>(source));
-    }
-  }
+  RowBlocks<Shape> row_blocks(launch, reinterpret_cast<int*>(after));
+  row_blocks.template count<Gemm::THREADS>([&] { if (warp == 4) position.ask(); }, warp == 4);  // publishes the barriers too
   if (warp == 4) position.take();
   if (warpgroup == 0) {
     if (Gemm::CONSUMERS == 2) keep_registers<Shape::TOKEN_REGISTERS>();
     gemm.bring_tokens();
   } else if (warpgroup == 1) {
     if (Gemm::CONSUMERS == 2) keep_registers<Shape::HELPER_REGISTERS>();
-    if (warp == 4) gemm.plan_tiles(position, counts);
+    if (warp == 4) gemm.plan_tiles(position, row_blocks);
     if (threadIdx.x == 5 * WARP) gemm.bring_weights();
     if (threadIdx.x == 6 * WARP) gemm.report_tiles();
   } else {

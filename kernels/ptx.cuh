@@ -4,6 +4,11 @@
 
 __device__ __forceinline__ uint32 shared_address(const void* pointer) { return (uint32)__cvta_generic_to_shared(pointer); }
 
+// Asks for the 32 bytes around an address to be brought to the L2.
+__device__ __forceinline__ void prefetch_to_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 // Copies `bytes` (0 .. 16) to shared memory without registers and fills the rest of the 16 with zeros.
 __device__ __forceinline__ void copy_async_16(uint32 destination, const void* source, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(bytes) : "memory");

@@ -11,6 +11,9 @@
 // 512), the keys themselves are looked through. What remains is odd, and route.cuh routes it: keys of a lane or groups that
 // tie, a zero (which may be -0), NaN, -inf.
 //
+// Between few experts a token is chosen from in less time than its logits take to come: those of TOKENS_AHEAD tokens are asked
+// for beforehand. With more experts that is more work for the units that are short, and takes longer.
+//
 // An SM has half as many integer units as issue slots, so it is compares, selects and shifts that count: lists in shared
 // memory move on by one load, where registers took four selects.
 //
@@ -19,11 +22,13 @@
 //   needs    float32 logits in rows of whole, aligned vectors; no table, softcap, mixer; groups of 1, 2, 4 ... lanes, dropped
 //            at -inf; ranks by logits or sigmoids where a bias or groups interfere (cumoe/gpu/route_and_count.py)
 #pragma once
+#include "ptx.cuh"
 #include "route.cuh"
 
 namespace route {
 
 constexpr int LIST = 4, VECTOR = 4;
+constexpr int FEW_EXPERTS = 32, TOKENS_AHEAD = 4;
 constexpr uint32 INFINITY_KEY = 0xff800000u, MINUS_INFINITY_KEY = 0x007fffffu, MINUS_ZERO_KEY = 0x7fffffffu;
 
 // key_of for numbers but -0. NaN comes out above infinity, or below -inf if it has a sign.
@@ -131,6 +136,13 @@ template <int KEYS, bool WHOLE> struct Router {
       if (!WHOLE) vectors[v] = {0.0f, 0.0f, 0.0f, 0.0f};
       if (exists(v * VECTOR)) vectors[v] = reinterpret_cast<const float4*>(row + lane * KEYS)[v];
     }
+  }
+  static constexpr bool ASKS = KEYS == VECTOR && !WHOLE;  // may have few experts
+  // Lets a token's logits come to the L2.
+  __device__ __forceinline__ void ask_for(const float* row) const {
+    if (p.num_experts > FEW_EXPERTS || !exists(0)) return;
+#pragma unroll 1
+    for (int part = 0; part < p.num_parts; ++part, row += p.part_stride) prefetch_to_l2(row + lane * KEYS);
   }
   __device__ __forceinline__ static void add(float (&values)[KEYS], const float4 (&vectors)[VECTORS]) {
 #pragma unroll
@@ -326,14 +338,20 @@ __device__ __forceinline__ void route_in_lanes(const RouterLaunch& p, const Lane
   Router<KEYS, WHOLE> router{p, lanes, smem};
   int lane = threadIdx.x % WARP, of_a_batch = WARP / lanes.segment, j = lane % lanes.segment, own = lane / lanes.segment;
   const float* row = static_cast<const float*>(p.logits) + begin * p.row_stride;
+  if constexpr (Router<KEYS, WHOLE>::ASKS) {
+#pragma unroll 1
+    for (int t = 0; t < min(TOKENS_AHEAD, num_tokens); ++t) router.ask_for(row + t * p.row_stride);
+  }
 #pragma unroll 1
   for (int first = 0; first < num_tokens; first += of_a_batch) {
     int count = min(of_a_batch, num_tokens - first);
     Choice choice;
     uint32 odd = 0;
 #pragma unroll 1
-    for (int t = 0; t < count; ++t, row += p.row_stride)
+    for (int t = 0; t < count; ++t, row += p.row_stride) {
+      if (Router<KEYS, WHOLE>::ASKS && first + t + TOKENS_AHEAD < num_tokens) router.ask_for(row + TOKENS_AHEAD * p.row_stride);
       if (!router.choose(row, t * lanes.segment, choice)) odd |= 1u << t;
+    }
     bool there = own < count && j < p.top_k;
     bool any = router.is_odd(choice, j == 0);
 #pragma unroll 1

@@ -3,9 +3,10 @@
 //   grid     (part, token tile, expert tile); a part is one CHUNK of 512 hidden positions, or all of them
 //   block    WARPS_E x WARPS_T warps; a warp owns 16 M_TILES experts x 16 N_TILES tokens
 //   tile     experts are the M operand of mma.sync, tokens the N operand, float32 accumulators; FEW is 32 experts x 16
-//            tokens by two warps, and holds a whole chunk in shared memory; MANY is 128 x 128 by eight
+//            tokens by two warps, and holds a whole chunk in shared memory; SLIM is 32 x 64 by four, where more experts than
+//            that are not there; MANY is 128 x 128 by eight
 //   smem     STAGES x (experts + tokens) rows of 64 hidden positions (128 bytes), XOR-swizzled by 16-byte chunks: 48 KiB
-//            (FEW), 96 KiB (MANY)
+//            (FEW), 72 KiB (SLIM), 96 KiB (MANY)
 //
 //   One token meets 2 D E bytes of weights; a column of tiles would leave most SMs idle, so the hidden dimension is cut too.
 //   Float32 weights come as num_planes = 3 bfloat16 arrays whose sum they are, exactly; a product of two bfloat16 numbers
@@ -46,6 +47,7 @@ template <int EXPERT_WARPS, int TOKEN_WARPS, int EXPERT_TILES, int TOKEN_TILES, 
   static constexpr int THREADS = WARPS_E * WARPS_T * WARP, STAGES = NUM_STAGES;
 };
 using Few = TileShape<2, 1, 1, 1, 8>;
+using Slim = TileShape<2, 2, 1, 2, 6>;
 using Many = TileShape<2, 4, 4, 2, 3>;
 
 // Where the sum over the hidden dimension has come to: chunk, then plane, then block of 64.
@@ -188,6 +190,8 @@ template <typename T, typename Shape> __device__ __forceinline__ void router_gem
   }
 
 ROUTER_GEMM(router_gemm_bfloat16_few, bf16, Few)
+ROUTER_GEMM(router_gemm_bfloat16_slim, bf16, Slim)
 ROUTER_GEMM(router_gemm_bfloat16_many, bf16, Many)
 ROUTER_GEMM(router_gemm_float16_few, fp16, Few)
+ROUTER_GEMM(router_gemm_float16_slim, fp16, Slim)
 ROUTER_GEMM(router_gemm_float16_many, fp16, Many)

@@ -13,7 +13,7 @@ import cumoe
 from cumoe.gpu import group, route, router_gemm
 from cumoe.gpu.layer_router import LayerRouter
 from cumoe.gpu.route_and_group import LAST_BLOCK_SLOTS, PLACE, PUBLISH, max_rows, split
-from cumoe.gpu.router_gemm import CHUNK, FEW, MANY
+from cumoe.gpu.router_gemm import CHUNK, FEW, MANY, SLIM
 from cumoe.gpu.router_gemm import split as split_planes
 
 SMALL_SHARED_BYTES, LARGE_SHARED_BYTES = 99 << 10, 227 << 10  # sm_86 and sm_120; sm_90
@@ -31,6 +31,7 @@ def test_logits_come_whole_or_in_chunks(num_tokens, num_experts, hidden_size, nu
     assert parts in (1, -(-hidden_size // CHUNK))
     assert parts == -(-hidden_size // CHUNK) or router_gemm.num_tiles(tile, num_tokens, num_experts) >= num_sms
     assert (tile is FEW) == (-(-num_tokens // 16) * -(-num_experts // 32) * -(-hidden_size // CHUNK) <= 8 * num_sms)
+    assert (tile is SLIM) == (tile is not FEW and num_experts <= 32)
 
 
 @given(
@@ -125,7 +126,7 @@ def assert_product(logits, x, weight):
     [(1, 1, 8), (1, 1, 1600), (15, 33, 64), (17, 40, 72), (3, 5, 504), (16, 32, 512), (2, 31, 520), (9, 70, 1600),
      (259, 130, 72), (257, 9, 1032)],
 )  # fmt: skip
-@pytest.mark.parametrize("tile", [FEW, MANY], ids=["few", "many"])
+@pytest.mark.parametrize("tile", [FEW, SLIM, MANY], ids=lambda tile: tile.name)
 def test_logits_against_float64(monkeypatch, dtype, weight_dtype, num_tokens, num_experts, hidden_size, tile):
     """Float32 accuracy: nothing is rounded to 16 bits, float32 weights included."""
     monkeypatch.setattr(router_gemm, "tile_for", lambda *size: tile)
@@ -138,7 +139,7 @@ def test_logits_against_float64(monkeypatch, dtype, weight_dtype, num_tokens, nu
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "weight_dtype"), [("bfloat16",) * 2, ("bfloat16", "float32")])
 def test_a_logit_has_the_same_bits_in_every_batch(monkeypatch, dtype, weight_dtype):
-    """Both tiles, whole or in chunks, any tokens beside it."""
+    """All tiles, whole or in chunks, any tokens beside it."""
     x, weight = tokens_and_weight(7, 150, 140, 1104, dtype, weight_dtype)
 
     def logits(begin, end, tile, chunks):
@@ -151,6 +152,7 @@ def test_a_logit_has_the_same_bits_in_every_batch(monkeypatch, dtype, weight_dty
     whole = logits(0, 150, MANY, 1)
     for begin, end, tile, chunks in (
         (0, 150, FEW, 1), (0, 150, FEW, 3), (0, 150, MANY, 3), (0, 1, FEW, 3), (5, 21, FEW, 1), (100, 150, MANY, 3),
+        (0, 150, SLIM, 1), (3, 90, SLIM, 3),
     ):  # fmt: skip
         assert logits(begin, end, tile, chunks).tobytes() == whole[begin:end].tobytes()
 

@@ -41,7 +41,8 @@ class Stages:
     """A layer at a number of tokens whose stages can be run one by one.
 
     ``nothing`` is an empty kernel: what a replay takes by itself. ``experts`` begins with clearing the counters that
-    ``route + group`` clears in the layer. In ``layer`` stages overlap.
+    ``route + group`` clears in the layer. ``copy`` moves as many bytes as ``combine`` reads and writes. In ``layer``
+    stages overlap.
     """
 
     def __init__(self, name: str, shape: Shape, weights: Weights, num_tokens: int) -> None:
@@ -61,6 +62,9 @@ class Stages:
         wanted = layer_buffers(num_tokens, shape.top_k, weights.experts.weights, self._layer.shared)
         self._buffers = {name: cupy.zeros(*spec) for name, spec in (wanted | self._layer.buffers(num_tokens)).items()}
         self._nothing = cupy.RawKernel(NOTHING, "nothing")
+        moved = self._buffers["rows"].nbytes + self._buffers["shared_rows"].nbytes + self.y.nbytes
+        self._copied = fill(cupy, cupy.empty(moved // 4, np.float16), 5, 1.0)
+        self._copy_of = cupy.empty_like(self._copied)
         self._router_gemm()
         self.routing, self.groups = self._route_and_group()
 
@@ -73,6 +77,7 @@ class Stages:
             "group": lambda: group.group(self.routing.topk_ids, self._shape.num_experts, self._buffers),
             "experts": self._experts,
             "combine": self._combine,
+            "copy": self._copy,
             "layer": lambda: self._layer(self._x, out=self.y),
         }
 
@@ -97,6 +102,9 @@ class Stages:
         experts.forward(
             self._x, self.routing, self.groups, weights, self._layer.shared, self._shape.weight_on, self._buffers
         )
+
+    def _copy(self) -> None:
+        self._copy_of.data.copy_from_device_async(self._copied.data, self._copied.nbytes)
 
     def _combine(self) -> None:
         rows, shared_rows = self._buffers["rows"], self._buffers["shared_rows"]

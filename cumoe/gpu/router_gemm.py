@@ -37,13 +37,15 @@ class Tile(NamedTuple):
         return self.stages * (self.experts + self.tokens) * 128
 
 
-FEW, MANY = Tile("few", 32, 16, 2, 8), Tile("many", 128, 128, 8, 3)
+FEW, SLIM, MANY = Tile("few", 32, 16, 2, 8), Tile("slim", 32, 64, 4, 6), Tile("many", 128, 128, 8, 3)
 
 
 def tile_for(num_tokens: int, num_experts: int, hidden_size: int, num_sms: int) -> Tile:
-    """Return the tile for logits of this size; they have the same bits with either."""
+    """Return the tile for logits of this size; they have the same bits with any."""
     blocks = num_tiles(FEW, num_tokens, num_experts) * -(-hidden_size // CHUNK)
-    return FEW if blocks <= MAX_FEW_BLOCKS * num_sms else MANY
+    if blocks <= MAX_FEW_BLOCKS * num_sms:
+        return FEW
+    return SLIM if num_experts <= SLIM.experts else MANY
 
 
 def num_tiles(tile: Tile, num_tokens: int, num_experts: int) -> int:

@@ -8,6 +8,8 @@ inline uint32 shared_address(const void* pointer) {
   return uint32(static_cast<const char*>(pointer) - cuda_on_cpu::dynamic_shared());
 }
 
+inline void prefetch_to_l2(const void* address) { (void)*static_cast<const volatile char*>(address); }
+
 inline void copy_async_16(uint32 destination, const void* source, int bytes) {
   cuda_on_cpu::copy_async(cuda_on_cpu::dynamic_shared() + destination, source, bytes);
 }
