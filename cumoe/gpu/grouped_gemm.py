@@ -104,15 +104,16 @@ def _launch_wgmma(
     _, dtype, order = kernel
     sizes = [tuple(stack.sizes for stack in stacks) for stacks in products]
     num_sms = _num_sms()
-    num_slots = 0 if slots is None or slots.topk_ids.size > ONE_BLOCK_SLOTS else slots.topk_ids.size
+    told = slots if slots is not None and slots.topk_ids.size <= ONE_BLOCK_SLOTS else None
+    num_slots = 0 if told is None else told.topk_ids.size
     config = spread(select_config("wgmma", sizes[0], num_sms), sizes, num_slots, num_sms)
     tiles = sum(max_tiles(config, some) for some in sizes)
     # Shared experts come first, or in turn: the routed ones' smaller pieces even out the end.
     ordered = [stack for first, *others in products for stack in (*others, first)]
     tail = WGMMA_TAIL(
         progress=progress,
-        topk_ids=slots.topk_ids if num_slots else None,
-        topk_weights=slots.topk_weights if num_slots else None,
+        topk_ids=None if told is None else told.topk_ids,
+        topk_weights=None if told is None else told.topk_weights,
         num_stacks=len(products[0]),
         num_products=len(products),
         num_stages=config.stages,
@@ -120,7 +121,7 @@ def _launch_wgmma(
         weave=config.pairs == "woven",
         pass_through=sum(stack.weight_bytes for stack in ordered) <= PASSING_BYTES,
         num_slots=num_slots,
-        ids_are_early=num_slots > 0 and slots.known == "early",
+        ids_are_early=told is not None and told.known == "early",
     )
     packed = joined((_maps(ordered, order, config), _pack(ordered, 2 * MAX_STACKS), tail))
     grid = grid_size(config, tiles, num_sms)
