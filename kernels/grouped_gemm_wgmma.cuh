@@ -32,7 +32,7 @@
 //               memory                            wait for it, while its weights are on their way already
 //
 //   Whatever takes a trip to memory happens in a warp of its own: under full load a trip takes 2 to 5 us, a tile has four of
-//   them (position, rows, slots, factors), and so has the fence before a report.
+//   them (position, rows, slots, factors), or one where there are few slots, and so has the fence before a report.
 //
 //   edges      weight rows and inner positions past the end are zeros (TMA fills them, cp.async fills the tokens'), so a
 //              neighbour's NaN cannot leak in; rows past the expert's last are whatever the stage held: products of
