@@ -10,12 +10,12 @@ namespace hopper {
 
 template <typename Shape> struct RowBlocks<Shape, FEW> {
   const WgmmaLaunch& launch;
-  uint32 expert;   // of the slot; beyond all others where it has none
+  uint32 expert;  // of the slot; beyond all others where it has none
   float weight;
-  int row;         // of the slot, sorted
-  int count_of_expert;  // its rows, at its first slot; 0 at the others
-  int row_blocks;       // and row blocks
-  int earlier;     // row blocks of smaller experts
+  int row;                   // of the slot, sorted
+  int count_of_expert;       // its rows, at its first slot; 0 at the others
+  int row_blocks;            // and row blocks
+  int earlier;               // row blocks of smaller experts
   int of_routed, of_shared;  // row blocks of all routed experts, of a shared one
 
   __device__ __forceinline__ RowBlocks(const WgmmaLaunch& of, int*) : launch(of) {}
