@@ -85,8 +85,8 @@ CONFIGS = (
     TileConfig("mma", block_m=128, half=128, block_k=32, stages=3, blocks_per_sm=1),
     TileConfig("simt", block_m=64, half=32, block_k=16, stages=0, blocks_per_sm=2),
 )
-"""Every tile that a kernel is compiled for, the smaller ones of an engine first, pairs of blocks behind single ones. The
-smallest of wgmma has two kernels, one of them for few slots."""
+"""Every tile that a kernel is compiled for, the smaller ones of an engine first, pairs of blocks behind single ones.
+The smallest of wgmma has two kernels, one of them for few slots."""
 
 SMALLEST_WGMMA_TILE = next(config for config in CONFIGS if config.engine == "wgmma")
 
