@@ -20,7 +20,9 @@ SUBJECTS = {
         "test_frame"
     ),
     "layers against the modules of transformers": "test_cases test_checkpoint test_checkpoint_families",
-    "every tile that dispatch can choose": "test_tiles test_few_slots test_turns test_dispatch test_dispatch_sweep",
+    "every tile that dispatch can choose": (
+        "test_tiles test_few_slots test_turns test_tensor_map test_dispatch test_dispatch_sweep"
+    ),
     "failures of other projects": "test_known_bugs",
     "limits of sizes and arrays": "test_limits test_large",
     "refusals": "test_refusals test_refusals_owners test_checkpoint_broken",
