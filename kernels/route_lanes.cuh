@@ -137,6 +137,7 @@ template <int KEYS, bool WHOLE> struct Router {
       if (exists(v * VECTOR)) vectors[v] = reinterpret_cast<const float4*>(row + lane * KEYS)[v];
     }
   }
+
   static constexpr bool ASKS = KEYS == VECTOR && !WHOLE;  // may have few experts
   // Lets a token's logits come to the L2.
   __device__ __forceinline__ void ask_for(const float* row) const {
@@ -144,6 +145,7 @@ template <int KEYS, bool WHOLE> struct Router {
 #pragma unroll 1
     for (int part = 0; part < p.num_parts; ++part, row += p.part_stride) prefetch_to_l2(row + lane * KEYS);
   }
+
   __device__ __forceinline__ static void add(float (&values)[KEYS], const float4 (&vectors)[VECTORS]) {
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {

@@ -104,6 +104,7 @@ def _launch_wgmma(
     _, dtype, order = kernel
     sizes = [tuple(stack.sizes for stack in stacks) for stacks in products]
     num_sms = _num_sms()
+    # Of more slots a block would spend longer on counting them than on waiting for the two kernels that sort them.
     told = slots if slots is not None and slots.topk_ids.size <= ONE_BLOCK_SLOTS else None
     num_slots = 0 if told is None else told.topk_ids.size
     config = spread(select_config("wgmma", sizes[0], num_sms), sizes, num_slots, num_sms)
