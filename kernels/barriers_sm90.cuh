@@ -24,7 +24,7 @@ template <typename Shape> struct Barriers {
   // One thread; the others have to be told.
   __device__ __forceinline__ void begin(int num_stages) const {
     for (int i = 0; i < num_stages; ++i) {
-      barrier_init(full(i), 1 + TOKEN_THREADS);
+      barrier_init(full(i), 2 + TOKEN_THREADS);
       barrier_init(empty(i), CONSUMER_WARPS * Shape::CLUSTER);
     }
     for (int i = 0; i < RING; ++i) {

@@ -9,24 +9,26 @@
 //   cluster    in some shapes two blocks, which take their tiles together: where an expert has two runs of rows or more, they
 //              multiply the same weights with two of them, and each brings half of the weights for both (multicast)
 //   block      warpgroup 0   brings tokens: rows that the permutation names with cp.async by all threads (no permuted copy of
-//                            the tokens exists), rows that are neighbours with TMA by the first
-//              warpgroup 1   warp 0 plans tiles, a thread of warp 1 brings weights with TMA, one of warp 2 reports
+//                            the tokens exists), rows that are neighbours with TMA by the first where tiles are large
+//              warpgroup 1   warp 0 plans tiles, a thread of warp 1 and one of warp 2 bring half of the weights each with TMA,
+//                            one of warp 3 reports
 //              CONSUMERS further warpgroups multiply and finish
-//   tile       a consumer owns two runs of 64 weight rows: gate and up rows of the same features, or neighbours; in the
-//              smallest tiles (INNER) one run, with eight gate and eight up rows in turn, and twice the inner positions.
+//   tile       a consumer owns two runs of 64 weight rows: gate and up rows of the same features, or neighbours; in
+//              tiles for few rows (INNER) one run, with eight gate and eight up rows in turn, and twice the inner positions.
 //              Either way a lane holds both halves of a pair
 //   smem       num_stages x (2 HALF_ROWS + TOKEN_ROWS) rows of 64 inner positions (128 bytes, swizzled as wgmma wants them),
 //              a slab of SLAB_ROWS x 64 results a consumer, RING descriptions of tiles with their row factors, row blocks
 //
 //   barrier     count       from                  a phase ends when
-//   full[s]     1 + 128     weights, tokens       TMA and the copies have written stage s
+//   full[s]     2 + 128     weights, tokens       TMA and the copies have written stage s
 //   empty[s]    warps       consumers             every consumer warp of the cluster has multiplied stage s
 //   placed[r]   1           planner               ring place r says which tile comes next
 //   told[r]     32          planner               where its rows are and their factors stand there too
 //   done[r]     threads     tokens, consumers     all rows of that tile are asked for, and its results stored
 //   free[r]     1           reporter              nobody reads that place any more
-//   wanted      1           weights               the end of a tile is near: the next one is to be planned
+//   wanted      1           the first half's      the end of a tile is near: the next one is to be planned
 //   sync_consumer           its warps             a consumer's slab is written, or has been stored and may be overwritten
+//   sync_tokens             tokens                the first of them has seen that the rows of the first product are there
 //   sync_cluster            both blocks           barriers stand, at the beginning; nobody writes to the other any more
 //   Progress    global      reporters             row block b of the first product is complete; the second product's tokens
 //               memory                            wait for it, while its weights are on their way already
@@ -119,52 +121,57 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
     }
   }
 
-  // --- weights: a thread ---------------------------------------------------------------------------------------------
+  // --- weights: a thread for each half -------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void bring_weights() const {
+  // One box of every inner block. What does not change is computed once a tile: with all of it in the loop a thread took 570
+  // clocks for two boxes, where a block that is to read its share of 4.5 TB/s has 840.
+  __device__ __forceinline__ void bring_weights(int half) const {
     Cursor stage;
     for_each_tile<PLACED>([&](Turn turn) {
       TileInfo tile = ring[turn.place()].tile;
-      // With few slots the second product has about a tile a block: nobody takes two before the first one's rows are there.
-      bool late = Shape::SLOTS == FEW && is_second(tile);
-      Cursor first = stage;
-#pragma unroll 1
-      for (int k = 0; k < tile.k_blocks; ++k) {
-        barrier_wait(barriers.empty(stage.at()), stage.parity() ^ 1);
-        load_weights(tile, k, stage.at());
-        if (!late && k == max(tile.k_blocks - LEAD, 0)) barrier_arrive(barriers.wanted());
-        stage.advance(launch.num_stages);
-      }
-      if (late) {
-        if (tile.k_blocks <= launch.num_stages) barrier_wait(barriers.full(first.at()), first.parity());
-        barrier_arrive(barriers.wanted());  // with more blocks the stage of the first has been emptied since
-      }
+      const ExpertStack& stack = stack_of(tile);
+      bool pairs = Tiles::pairs(stack), inward = schedule.inward(stack);
+      if (ORDER == INNER_MAJOR && inward && pairs) bring_half<true>(half, tile, pairs, inward, stage);
+      else bring_half<false>(half, tile, pairs, inward, stage);
     });
   }
 
-  // An inner block into a stage. Blocks of a cluster with the same weights bring a half each, for both.
-  __device__ __forceinline__ void load_weights(const TileInfo& tile, int k_block, int stage) const {
+  template <bool WOVEN>
+  __device__ __forceinline__ void bring_half(int half, const TileInfo& tile, bool pairs, bool inward, Cursor& stage) const {
     const ExpertStack& stack = stack_of(tile);
     const TensorMap& map = launch.w_maps[tile.stack_idx];
-    bool pairs = Tiles::pairs(stack), inward = schedule.inward(stack), together = CLUSTER > 1 && tile.is_together;
     uint64 hint = weights_hint(stack);
-    uint32 destination = smem + stage * STAGE_BYTES, barrier = barriers.full(stage);
-    barrier_arrive_expect(barrier, W_BYTES);
+    int row = (pairs || inward ? tile.weight_block : 2 * tile.weight_block + half) * HALF_ROWS;
+    int inner = inward ? half * BLOCK_K : 0, step = inward ? 2 * BLOCK_K : BLOCK_K, pair_half = pairs ? half : 0;
+    // Blocks of a cluster with the same weights bring a half each, for both.
+    bool together = CLUSTER > 1 && tile.is_together, is_there = together && half != rank_in_cluster<CLUSTER>();
+    // With few slots the second product has about a tile a block: nobody takes two before the first one's rows are there.
+    bool late = Shape::SLOTS == FEW && is_second(tile);
+    int k_wanted = half == 0 && !late ? max(tile.k_blocks - LEAD, 0) : -1;
+    Cursor first = stage;
+#pragma unroll 1
+    for (int k = 0; k < tile.k_blocks; ++k, inner += step) {
+      barrier_wait(barriers.empty(stage.at()), stage.parity() ^ 1);
+      uint32 destination = smem + stage.at() * STAGE_BYTES + half * HALF_BYTES, barrier = barriers.full(stage.at());
+      barrier_arrive_expect(barrier, HALF_BYTES);
+      if (WOVEN) {  // eight gate and eight up rows in turn
+        load_tensor_5d(destination, map, barrier, inner, 0, 0, row / 16, tile.expert, hint);
+      } else if (!is_there) {
+        if (ORDER == INNER_MAJOR) {
+          load_box(together, hint, destination, map, barrier, inner, row, pair_half, tile.expert);
+        } else {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (together && half != rank_in_cluster<CLUSTER>()) continue;
-      int row = (pairs || inward ? tile.weight_block : 2 * tile.weight_block + half) * HALF_ROWS;
-      int inner = (inward ? 2 * k_block + half : k_block) * BLOCK_K, pair_half = pairs ? half : 0;
-      uint32 begin = destination + half * HALF_BYTES;
-      if (ORDER == INNER_MAJOR && inward && pairs) {  // eight gate and eight up rows in turn
-        load_tensor_5d(begin, map, barrier, inner, 0, 0, row / 16, tile.expert, hint);
-      } else if (ORDER == INNER_MAJOR) {
-        load_box(together, hint, begin, map, barrier, inner, row, pair_half, tile.expert);
-      } else {
-#pragma unroll
-        for (int run = 0; run < CONSUMERS; ++run)
-          load_box(together, hint, begin + run * RUN_BYTES, map, barrier, row + run * RUN, inner, pair_half, tile.expert);
+          for (int run = 0; run < CONSUMERS; ++run)
+            load_box(together, hint, destination + run * RUN_BYTES, map, barrier, row + run * RUN, inner, pair_half,
+                     tile.expert);
+        }
       }
+      if (k == k_wanted) barrier_arrive(barriers.wanted());
+      stage.advance(launch.num_stages);
+    }
+    if (late && half == 0) {
+      if (tile.k_blocks <= launch.num_stages) barrier_wait(barriers.full(first.at()), first.parity());
+      barrier_arrive(barriers.wanted());  // with more blocks the stage of the first has been emptied since
     }
   }
 
@@ -186,14 +193,22 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
     Cursor stage;
     for_each_tile([&](Turn turn) {
       const Place& now = ring[turn.place()];
-      if (gathers(stack_of(now.tile))) gather_rows(now, stage);
+      // Few rows come sooner one by one than in boxes: asking for one takes a thread 80 clocks, whatever is in it.
+      bool one_by_one = Shape::HALVES == INNER || gathers(stack_of(now.tile));
+      if (is_second(now.tile) && now.tile.num_rows > 0) {
+        if (threadIdx.x == 0) wait_for_first_product(now.tile);
+        if (one_by_one) sync_tokens();
+      }
+      if (one_by_one) gather_rows(now, stage);
       else load_rows(now.tile, stage);
       asm volatile("" : "+r"(turn.tile));  // the place is computed again, not kept: 40 registers are few
       barrier_arrive(barriers.done(turn.place()));
     });
   }
 
-  // Rows that the permutation names: eight threads a row, 16 bytes each. The addresses stay in registers; reading them
+  __device__ __forceinline__ static void sync_tokens() { sync_some<4, TOKEN_THREADS>(); }
+
+  // Rows one by one: eight threads a row, 16 bytes each. The addresses stay in registers; reading them
   // again from shared memory for every inner block made this loop the bottleneck.
   __device__ __forceinline__ void gather_rows(const Place& now, Cursor& stage) const {
     constexpr int STEP = TOKEN_THREADS / 8, COPIES = MAX_ROWS / STEP;  // rows between two copies of a thread
@@ -229,24 +244,21 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
   // Rows that are neighbours, in boxes of 64 and ROWS_OF_BOX. What follows the expert's last row comes along and is not used.
   __device__ __forceinline__ void load_rows(const TileInfo& tile, Cursor& stage) const {
     const TensorMap* maps = launch.a_maps[tile.stack_idx];
-    int rows = ceil_div(tile.num_rows, ROWS_OF_BOX) * ROWS_OF_BOX, blocks = schedule.inward(stack_of(tile)) ? 2 : 1;
-    if (threadIdx.x == 0 && is_second(tile) && rows > 0) wait_for_first_product(tile);
+    int rows = ceil_div(tile.num_rows, ROWS_OF_BOX) * ROWS_OF_BOX;
+    if (threadIdx.x == 0 && is_second(tile)) fence_async_proxy_global();  // TMA is about to read what others stored
 #pragma unroll 1
     for (int k = 0; k < tile.k_blocks; ++k) {
       barrier_wait(barriers.empty(stage.at()), stage.parity() ^ 1);
       if (threadIdx.x == 0) {
-        barrier_arrive_expect(barriers.full(stage.at()), blocks * rows * ROW_BYTES);
+        uint32 destination = smem + stage.at() * STAGE_BYTES + W_BYTES, barrier = barriers.full(stage.at());
+        barrier_arrive_expect(barrier, rows * ROW_BYTES);
+        int row = 0, begin = tile.row_begin;
 #pragma unroll 1
-        for (int block = 0; block < blocks; ++block) {
-          uint32 destination = smem + stage.at() * STAGE_BYTES + W_BYTES + block * ROWS_BYTES;
-          int inner = (k * blocks + block) * BLOCK_K, row = 0, begin = tile.row_begin;
+        for (; row + 64 <= rows; row += 64)
+          load_tensor_4d(destination + row * ROW_BYTES, maps[0], barrier, k * BLOCK_K, begin + row, 0, 0);
 #pragma unroll 1
-          for (; row + 64 <= rows; row += 64)
-            load_tensor_4d(destination + row * ROW_BYTES, maps[0], barriers.full(stage.at()), inner, begin + row, 0, 0);
-#pragma unroll 1
-          for (; row < rows; row += ROWS_OF_BOX)
-            load_tensor_4d(destination + row * ROW_BYTES, maps[1], barriers.full(stage.at()), inner, begin + row, 0, 0);
-        }
+        for (; row < rows; row += ROWS_OF_BOX)
+          load_tensor_4d(destination + row * ROW_BYTES, maps[1], barrier, k * BLOCK_K, begin + row, 0, 0);
       } else {
         barrier_arrive(barriers.full(stage.at()));
       }
@@ -258,7 +270,6 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
   __device__ __forceinline__ void wait_for_first_product(const TileInfo& tile) const {
     int parts = schedule.weight_blocks(launch.stacks[tile.stack_idx - launch.num_stacks]);
     while (!Progress{launch.progress}.reached(tile.row_block, parts)) __nanosleep(64);
-    fence_async_proxy_global();  // TMA is about to read what others stored
   }
 
   // --- consumers -----------------------------------------------------------------------------------------------------
@@ -268,6 +279,10 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
   __device__ __forceinline__ void multiply(int consumer, int k_blocks, Cursor& stage, Accumulators& acc) const {
     constexpr int STEP = ORDER == INNER_MAJOR ? 32 : 16 * ROW_BYTES;  // 16 inner positions of the weights, in bytes
     constexpr int STEPS = BLOCK_K / 16;
+    // Of how many stages the products are still under way while the next ones begin. With two consumers, or two blocks an SM,
+    // somebody else keeps the tensor cores busy meanwhile; with few slots a consumer is often alone.
+    constexpr int BEHIND = Shape::SLOTS == FEW;
+    int last = 0;
     for (int k = 0; k < k_blocks; ++k) {
       barrier_wait(barriers.full(stage.at()), stage.parity());
       fence_async_proxy();
@@ -281,13 +296,19 @@ template <typename T, typename Shape, WeightOrder ORDER> struct GroupedGemm {
             operand(a + (INWARD ? half * ROWS_BYTES : 0) + step * 32), k + (INWARD ? i : step) > 0);
       }
       wgmma_commit();
-      wgmma_wait<0>();  // the other consumer keeps the tensor cores busy meanwhile
-      if (threadIdx.x % WARP == 0) {
-        barrier_arrive(barriers.empty(stage.at()));
-        if (CLUSTER > 1) barrier_arrive_there(in_other_block(barriers.empty(stage.at())));
-      }
+      wgmma_wait<BEHIND>();
+      if (k >= BEHIND) give_back(BEHIND ? last : stage.at());
+      last = stage.at();
       stage.advance(launch.num_stages);
     }
+    if (BEHIND) wgmma_wait<0>(), give_back(last);
+  }
+
+  // Of every warp one thread, when it has multiplied a stage.
+  __device__ __forceinline__ void give_back(int stage) const {
+    if (threadIdx.x % WARP) return;
+    barrier_arrive(barriers.empty(stage));
+    if (CLUSTER > 1) barrier_arrive_there(in_other_block(barriers.empty(stage)));
   }
 
   template <int N>
@@ -362,8 +383,8 @@ __device__ __forceinline__ void grouped_gemm(const WgmmaLaunch& launch) {
   } else if (warpgroup == 1) {
     if (Gemm::CONSUMERS == 2) keep_registers<Shape::HELPER_REGISTERS>();
     if (warp == 4) gemm.plan_tiles(position, row_blocks);
-    if (threadIdx.x == 5 * WARP) gemm.bring_weights();
-    if (threadIdx.x == 6 * WARP) gemm.report_tiles();
+    if (threadIdx.x == 5 * WARP || threadIdx.x == 6 * WARP) gemm.bring_weights(warp - 5);
+    if (threadIdx.x == 7 * WARP) gemm.report_tiles();
   } else {
     if (Gemm::CONSUMERS == 2) take_registers<Shape::CONSUMER_REGISTERS>();
     gemm.multiply_and_finish(warpgroup - 2);

@@ -21,10 +21,11 @@ template <typename Shape, WeightOrder ORDER> struct Schedule {
   __device__ __forceinline__ static bool pairs(const ExpertStack& stack) {
     return stack.pairing == PAIR_STACKED || (stack.pairing == PAIR_INTERLEAVED && ORDER == INNER_MAJOR);
   }
-  __device__ __forceinline__ bool inward(const ExpertStack& stack) const {
-    return Shape::HALVES == INNER && (!pairs(stack) || (ORDER == INNER_MAJOR && launch.weave));
+  // Whether a tile's halves are inner positions: where they may be, of all weights but pairs whose rows TMA cannot weave.
+  __device__ __forceinline__ static bool inward(const ExpertStack& stack) {
+    return Shape::HALVES == INNER && (ORDER == INNER_MAJOR || !pairs(stack));
   }
-  __device__ __forceinline__ int weight_blocks(const ExpertStack& stack) const {
+  __device__ __forceinline__ static int weight_blocks(const ExpertStack& stack) {
     return ceil_div(stack.weight_rows, inward(stack) ? Shape::HALF_ROWS : 2 * Shape::HALF_ROWS);
   }
 

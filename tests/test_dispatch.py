@@ -22,9 +22,11 @@ TILE_OF = {tile.name: tile for tile in TILES}
 each_tile = pytest.mark.parametrize("tile", TILES, ids=lambda tile: tile.name)
 
 
-def chosen(*sizes):
-    """Return the tile for (num_experts, num_rows, weight_rows) of every stack."""
-    return config.select_config("wgmma", tuple(StackSizes(*size, INNER) for size in sizes), NUM_SMS)
+def chosen(*sizes, num_slots=0, inner=INNER):
+    """Return the tile for (num_experts, num_rows, weight_rows) of every stack; `inner` is the second product's."""
+    first = tuple(StackSizes(*size, 4096) for size in sizes)
+    second = tuple(size._replace(weight_rows=4096, inner=inner) for size in first)
+    return config.select_config("wgmma", (first, second), num_slots)
 
 
 # --- the choice ---
@@ -34,10 +36,10 @@ def chosen(*sizes):
 def test_a_tile_serves_up_to_its_mean_rows(place):
     """One row more goes to the next tile, if there is one."""
     (name, limit), following = LIMITS[place], (LIMITS + LIMITS[-1:])[place + 1][0]
-    assert chosen((8, 8 * limit, 256)).name == name
-    assert chosen((8, 8 * limit - 7, 256)).name == name  # the mean is rounded up
+    assert chosen((8, 8 * limit, 256), num_slots=1).name == name
+    assert chosen((8, 8 * limit - 7, 256), num_slots=1).name == name  # the mean is rounded up
     if place + 1 < len(LIMITS):
-        assert chosen((8, 8 * limit + 1, 256)).name == following
+        assert chosen((8, 8 * limit + 1, 256), num_slots=1).name == following
 
 
 def test_every_tile_has_a_limit_and_limits_grow():
@@ -63,7 +65,7 @@ def test_a_wide_shared_expert_asks_for_a_tile_that_holds_its_rows(rows):
     """As soon as it does as much work as the routed experts, and not before."""
     alone, equal = chosen((256, rows, 512)), chosen((256, rows, 512), (1, rows, 512))
     assert chosen((256, rows, 512), (1, rows, 511)) == alone
-    assert equal.name == next((name for name, _ in LIMITS[:3] if TILE_OF[name].block_m >= rows), "2x144x256")
+    assert equal.name == next((name for name, _ in LIMITS[1:4] if TILE_OF[name].block_m >= rows), "2x144x256")
     assert chosen((256, rows, 512), (1, rows, 256), (1, rows, 256)) == equal
 
 
@@ -71,7 +73,7 @@ def test_a_wide_shared_expert_asks_for_a_tile_that_holds_its_rows(rows):
 def test_ragged_rows_get_a_tile_and_a_grid(rows):
     """Without rows there is nothing to launch; with rows, no more blocks than an SM holds."""
     sizes = (StackSizes(4, rows, 272, INNER), StackSizes(1, rows, 72, INNER))
-    tile = config.select_config("wgmma", sizes, NUM_SMS)
+    tile = config.select_config("wgmma", (sizes,))
     assert tile in TILES
     for shape in (tile, tile.alone()):
         tiles = config.max_tiles(shape, sizes)
@@ -89,46 +91,49 @@ def test_a_tile_alone_is_the_same_kernel_with_all_stages(tile):
     assert alone.alone() == alone
 
 
-def test_the_smallest_tile_serves_few_tiles():
-    """One more than a few for each SM goes to the next tile."""
-    weight_rows = 64 * config.FEW_TILES * NUM_SMS // 11
-    assert chosen((11, 11, weight_rows)) == TILES[0]
-    assert chosen((11, 11, weight_rows + 1)) == TILES[1]
+def test_the_smallest_tile_serves_few_slots_alone():
+    """Of a launch of both products that is told of them, with a row an expert, and of shared experts what it holds."""
+    smallest, few = TILES[0], config.FEW_SLOTS
+    assert chosen((64, few, 256), num_slots=few) == smallest.alone()
+    others = [
+        chosen((64, few + 1, 256), num_slots=few + 1),
+        chosen((64, few, 256)),
+        chosen((few // 2, few, 256), num_slots=few),
+        chosen((64, few, 256), (1, few, 256), num_slots=few),
+        config.select_config("wgmma", ((StackSizes(64, few, 256, INNER),),), few),
+    ]
+    assert others == [chosen((64, 64, 256))] * 2 + [TILES[1]] * 3
+    assert chosen((64, 16, 256), (1, 16, 256), num_slots=16) == smallest.alone()
 
 
-@pytest.mark.parametrize(
-    ("tiles_of_an_sm", "form"),
-    [
-        (config.WOVEN_TILES, TILES[0]._replace(pairs="woven")),
-        (config.ALONE_TILES, TILES[0].alone()),
-        (config.FEW_TILES, TILES[0]),
-    ],
-)
-def test_the_form_of_the_smallest_tile_follows_from_how_many_there_are(tiles_of_an_sm, form):
-    """Up to the limit; larger tiles have one form."""
-    weight_rows = 64 * tiles_of_an_sm * NUM_SMS // 11
-    sizes, more = ([(StackSizes(11, 11, rows, INNER),)] for rows in (weight_rows, weight_rows + 1))
-    assert config.spread(TILES[0], sizes, 0, NUM_SMS) == form
-    assert config.spread(TILES[0], more, 0, NUM_SMS) != form or form == TILES[0]
-    assert all(config.spread(tile, sizes, 0, NUM_SMS) == tile for tile in TILES[1:])
+def test_short_inner_dimensions_want_two_blocks_or_long_tiles():
+    """A tile of the second product is over before a block has filled its stages."""
+    short = config.SHORT_INNER
+    assert chosen((64, 32, 256), num_slots=32, inner=short) == TILES[0]
+    assert chosen((64, 32, 256), num_slots=32, inner=short + 1) == TILES[0].alone()
+    names = [chosen((64, 64 * rows, 256), inner=inner).name for inner in (short, short + 1) for rows in (6, 7, 24, 25)]
+    assert names == ["32x64", "144x256", "144x256", "144x256", "32x64", "64x128", "64x128", "144x256"]
 
 
 @pytest.mark.parametrize(
     ("layer", "form"),
     [
-        ("Qwen3-30B-A3B, 1 token", "woven, 2 blocks, few"),
-        ("Qwen3-30B-A3B, 4 tokens", "halves, 1 blocks, few"),
-        ("Qwen3-30B-A3B, 5 tokens: 40 slots", "halves, 1 blocks, many"),
-        ("Qwen3-30B-A3B, 8 tokens", "halves, 2 blocks, many"),
-        ("Qwen3-Next-80B, 3 tokens: a tile has 4 inner blocks", "woven, 2 blocks, few"),
-        ("Qwen3-Next-80B, 8 tokens", "woven, 2 blocks, many"),
-        ("Mixtral-8x7B, 1 token: 448 tiles of halves on 132 SMs, 128 in the second product", "woven, 1 blocks, few"),
-        ("Llama-4-Scout, 1 token: the second product has 160", "halves, 1 blocks, few"),
-        ("DeepSeek-V3, 1 token", "halves, 1 blocks, few"),
+        ("Qwen3-30B-A3B, 1 token", "16x64, 10 stages, 1 blocks"),
+        ("Qwen3-30B-A3B, 4 tokens", "16x64, 10 stages, 1 blocks"),
+        ("Qwen3-30B-A3B, 5 tokens: 40 slots", "32x64, 4 stages, 2 blocks"),
+        ("Qwen3-Next-80B, 3 tokens: a tile has 4 inner blocks", "16x64, 5 stages, 2 blocks"),
+        ("Qwen3-Next-80B, 8 tokens", "32x64, 4 stages, 2 blocks"),
+        ("Mixtral-8x7B, 4 tokens", "16x64, 10 stages, 1 blocks"),
+        ("Mixtral-8x7B, 8 tokens: an expert has two rows", "32x64, 4 stages, 2 blocks"),
+        ("Llama-4-Scout, 16 tokens", "16x64, 10 stages, 1 blocks"),
+        ("Llama-4-Scout, 17 tokens: the shared expert has 17 rows", "32x64, 4 stages, 2 blocks"),
+        ("Llama-4-Scout, 64 tokens", "64x128, 4 stages, 1 blocks"),
+        ("DeepSeek-V3, 1 token", "16x64, 10 stages, 1 blocks"),
+        ("DeepSeek-V3, 512 tokens", "64x128, 4 stages, 1 blocks"),
     ],
 )
 def test_forms_of_layers(layer, form):
-    """At most 32 slots are few; see the table of what was tried in kernels/README.md."""
+    """See the table of what was tried in kernels/README.md."""
     name, rest = layer.split(" token")[0].rsplit(", ", 1)
     hidden, width, experts, top_k, shared = {
         "Qwen3-30B-A3B": (2048, 768, 128, 8, ()),
@@ -141,13 +146,8 @@ def test_forms_of_layers(layer, form):
     stacks = [(experts, tokens * top_k, width), *((1, tokens, own) for own in shared)]
     first = tuple(StackSizes(number, rows, 2 * own, hidden) for number, rows, own in stacks)
     second = tuple(StackSizes(number, rows, hidden, own) for number, rows, own in stacks)
-    tile = config.select_config("wgmma", first, NUM_SMS)
-    assert tile == TILES[0]
-    tile = config.spread(tile, (first, second), tokens * top_k, NUM_SMS)
-    assert f"{tile.pairs}, {tile.blocks_per_sm} blocks, {tile.slots}" == form
-    assert tile.name == ("16x64few" if tile.slots == "few" else "16x64")
-    assert config.spread(TILES[0], (first, second), 0, NUM_SMS).slots == "many"  # it is not told of the slots
-    assert config.spread(TILES[0], (first,), tokens * top_k, NUM_SMS).slots == "many"  # one product
+    tile = config.select_config("wgmma", (first, second), tokens * top_k)
+    assert f"{tile.name}, {tile.stages} stages, {tile.blocks_per_sm} blocks" == form
 
 
 @pytest.mark.parametrize("num_sms", [1, 2, 7, 114, 131, 132])

@@ -11,7 +11,6 @@ from cumoe.gpu import config, tensor_map
 from cumoe.gpu.stacks import strides
 
 TILES = [tile for tile in config.CONFIGS if tile.engine == "wgmma"]
-FORMS = [TILES[0]._replace(pairs="woven"), *TILES]
 
 
 @pytest.fixture
@@ -39,7 +38,7 @@ def placed(array, transposed=False, pad=0, before=0):
 
 def read_box(memory, call, corner):
     """Return what TMA would write for a box at `corner` (innermost axis first): zeros beyond the lengths."""
-    pointer, _, lengths, steps, box = call
+    pointer, _, lengths, steps, box, _ = call
     index = np.indices(box[::-1])[::-1] + np.array(corner).reshape(-1, *[1] * len(box))
     exists = np.logical_and.reduce([(i >= 0) & (i < length) for i, length in zip(index, lengths, strict=True)])
     at = pointer + 2 * index[0] + sum(i * step for i, step in zip(index[1:], steps, strict=True))
@@ -49,11 +48,12 @@ def read_box(memory, call, corner):
 
 def check_legal(call):
     """Fail where the driver would refuse."""
-    pointer, dtype, lengths, steps, box = call
+    pointer, dtype, lengths, steps, box, lines = call
     assert pointer % 16 == 0 and dtype in ("bfloat16", "float16")
     assert all(1 <= length <= 2**32 for length in lengths)
     assert all(0 < step < 2**40 and step % 16 == 0 for step in steps)
     assert all(1 <= edge <= 256 for edge in box) and box[0] * 2 <= 128
+    assert lines in tensor_map.LINES.values()
 
 
 def weight_tile(memory, call, order, tile, paired, weight_block, expert, inner):
@@ -76,7 +76,7 @@ def weight_tile(memory, call, order, tile, paired, weight_block, expert, inner):
 
 def is_inward(tile, paired, order):
     """Return whether the halves are the same weight rows at the next inner positions."""
-    return tile.halves == "inner" and (not paired or (tile.pairs == "woven" and order == "inner_major"))
+    return tile.halves == "inner" and (not paired or order == "inner_major")
 
 
 def wanted_tile(w, layout, tile, paired, order, weight_block, expert, inner):
@@ -101,7 +101,7 @@ def wanted_tile(w, layout, tile, paired, order, weight_block, expert, inner):
     return wanted
 
 
-@pytest.mark.parametrize("tile", FORMS, ids=lambda tile: f"{tile.name}-{tile.pairs}")
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: tile.name)
 @pytest.mark.parametrize("order", ["inner_major", "row_major"])
 @pytest.mark.parametrize("layout", ["stacked", "interleaved", "ungated"])
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_lengths_and_steps_of_weight_maps(encoded, layout, order, lengths, steps
     seen, _ = placed(np.zeros((3, 208, 72), np.uint16), transposed=order == "row_major")
     tensor_map.weight_map(seen, strides(seen), layout, order, TILES[-1])
     box = (64, 128 if order == "inner_major" else 64, 1, 1)
-    assert encoded == [(0, "bfloat16", lengths, steps, box)]
+    assert encoded == [(0, "bfloat16", lengths, steps, box, 3)]
 
 
 @pytest.mark.parametrize(
@@ -152,14 +152,15 @@ def test_lengths_and_steps_of_weight_maps(encoded, layout, order, lengths, steps
     ],
 )
 def test_lengths_and_steps_of_woven_pairs(encoded, layout, steps):
-    """The smallest tile reads eight gate and eight up rows in turn; (3, 208, 72) again."""
+    """Tiles for few rows read eight gate and eight up rows in turn, and no more than that; (3, 208, 72) again."""
     seen, _ = placed(np.zeros((3, 208, 72), np.uint16))
-    tensor_map.weight_map(seen, strides(seen), layout, "inner_major", FORMS[0])
-    assert encoded == [(0, "bfloat16", (72, 8, 2, 13, 3), steps, (64, 8, 2, 4, 1))]
+    for tile, groups in zip(TILES[:3], (4, 4, 8), strict=True):
+        tensor_map.weight_map(seen, strides(seen), layout, "inner_major", tile)
+        assert encoded.pop() == (0, "bfloat16", (72, 8, 2, 13, 3), steps, (64, 8, 2, groups, 1), 2)
 
 
 @pytest.mark.parametrize(("shape", "pad"), [((200, 72), 0), ((200, 72), 8), ((1, 136), 0), ((9, 8), 0), ((9, 1), 7)])
-@pytest.mark.parametrize("box_rows", [8, 16, 64])
+@pytest.mark.parametrize("box_rows", tensor_map.BOXES)
 def test_row_maps_read_neighbouring_rows(encoded, shape, pad, box_rows):
     """From any first row; zeros beyond the last row and the last column."""
     a = np.arange(1, 1 + np.prod(shape), dtype=np.uint16).reshape(shape)
@@ -176,8 +177,6 @@ def test_row_maps_read_neighbouring_rows(encoded, shape, pad, box_rows):
 
 def test_every_run_of_rows_fits_into_boxes_within_the_stage():
     """Boxes of 64 and of a few rows bring a run; a stage has no more than the tile's rows."""
-    for tile in TILES:
-        box = tile.box_rows
-        assert tile.block_m % box == 0
-        assert all(-(-rows // box) * box <= tile.block_m for rows in range(1, tile.block_m + 1))
-    assert [tile.box_rows for tile in TILES] == [8, 16, 16, 16, 16, 16]
+    large, small = tensor_map.BOXES
+    assert large % small == 0
+    assert all(tile.block_m % small == 0 for tile in TILES if tile.halves == "rows")

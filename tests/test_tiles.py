@@ -25,14 +25,10 @@ SOME_COUNTS = (0, 1, 8, 17, 33, 65, 129, 145, 193, 289)
 COUNTS = SOME_COUNTS if few_examples.wanted else EVERY_COUNT
 """Rows of the experts; under compute-sanitizer a quarter of all."""
 
-FEW = (0, 1, 8, 31)  # fewer tiles than SMs, whatever the tile: a block has an SM for itself
-TILES = {tile.name: tile for tile in config.CONFIGS if tile.engine == "wgmma"}
-SMALLEST = next(iter(TILES))
-FORMS = {
-    f"{SMALLEST} woven": TILES[SMALLEST]._replace(pairs="woven"),
-    f"{SMALLEST} alone": TILES[SMALLEST].alone(),
-    **TILES,
-}
+FEW = (0, 1, 8, 31)  # fewer tiles than SMs, whatever the tile
+TILES = {tile.name: tile for tile in config.CONFIGS if tile.engine == "wgmma" and tile.slots == "any"}
+"""Those that serve any number of slots; of the other one see test_few_slots.py and test_dispatch_sweep.py."""
+
 LAYERS = {
     "silu": {"activation": "silu", "layout": "stacked"},
     "relu2": {"activation": "relu2", "layout": "ungated"},
@@ -44,7 +40,7 @@ LAYERS = {
     "clamped_after": {"activation": cumoe.Activation("silu", limit=0.5, clamp="after"), "layout": "stacked"},
 }
 
-each_tile = pytest.mark.parametrize("tile", FORMS)
+each_tile = pytest.mark.parametrize("tile", TILES)
 each_order = pytest.mark.parametrize("order", ["inner_major", "row_major"])
 each_dtype = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 
@@ -75,22 +71,21 @@ def copied(layer):
 
 @pytest.fixture
 def force(monkeypatch):
-    """Return a function that makes every Hopper launch use one form of a tile; it gives what was launched since."""
+    """Return a function that makes every Hopper launch use one tile; it gives what was launched since."""
     select, launch = grouped_gemm.select_config, grouped_gemm.launch
 
     def force_tile(name):
         seen = SimpleNamespace(engines=[], kernels=[])
 
-        def forced(engine, sizes, num_multiprocessors):
+        def forced(engine, *arguments):
             seen.engines.append(engine)
-            return FORMS[name] if engine == "wgmma" else select(engine, sizes, num_multiprocessors)
+            return TILES[name] if engine == "wgmma" else select(engine, *arguments)
 
         def recorded(kernel, *arguments, **options):
             seen.kernels.append(kernel)
             launch(kernel, *arguments, **options)
 
         monkeypatch.setattr("cumoe.gpu.grouped_gemm.select_config", forced)
-        monkeypatch.setattr("cumoe.gpu.grouped_gemm.spread", lambda config, *_: config)
         monkeypatch.setattr("cumoe.gpu.grouped_gemm.launch", recorded)
         return seen
 
@@ -100,7 +95,7 @@ def force(monkeypatch):
 def check_chosen(seen, tile, dtype, order, runs=1):
     """Fail unless both projections, routed and shared together, ran in one launch on this tile and nothing else did."""
     assert seen.engines == ["wgmma"] * runs
-    assert seen.kernels == [f"grouped_gemm_wgmma_{dtype}_{order}_{tile.split()[0]}"] * runs
+    assert seen.kernels == [f"grouped_gemm_wgmma_{dtype}_{order}_{tile}"] * runs
 
 
 def fill_pool_with_nan():
@@ -161,7 +156,7 @@ def test_weights_anywhere(force, tile, kind, weight_on):
 @each_dtype
 @each_order
 def test_a_few_rows(force, tile, dtype, order):
-    """A block that has an SM for itself gets more stages."""
+    """There are more SMs than tiles."""
     seen = force(tile)
     y = ragged_layer(dtype, order, "silu", FEW).run(GPU)
     assert_close(y, expected(dtype, "silu", FEW), dtype, tile)
@@ -175,7 +170,7 @@ def test_every_tile_gives_the_same_bits(force, dtype, order, kind):
     """The order of sums does not depend on the tile: dispatch, which comes first here, changes speed alone."""
     layer = ragged_layer(dtype, order, kind)
     own_choice, differing = layer.run(GPU).tobytes(), []
-    for tile in FORMS:
+    for tile in TILES:
         seen = force(tile)
         if layer.run(GPU).tobytes() != own_choice:
             differing.append(tile)

@@ -6,11 +6,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from cumoe.gpu.compile import current_device, launch, num_multiprocessors
-from cumoe.gpu.config import PASSING_BYTES, TileConfig, alternates, grid_size, max_tiles, select_config, spread
+from cumoe.gpu.config import PASSING_BYTES, TileConfig, alternates, grid_size, max_tiles, select_config
 from cumoe.gpu.group import ONE_BLOCK_SLOTS
 from cumoe.gpu.stacks import STACK, ExpertStack, strides
 from cumoe.gpu.structs import Packed, Struct, joined
-from cumoe.gpu.tensor_map import MAP_BYTES, row_map, weight_map
+from cumoe.gpu.tensor_map import BOXES, MAP_BYTES, row_map, weight_map
 
 MAX_STACKS = 8
 """Of one product in a launch; the number is that of kernels/stacks.cuh."""
@@ -20,7 +20,7 @@ WGMMA_TAIL = Struct(
     pointer=("progress", "topk_ids", "topk_weights"),
     int32=(
         *("num_stacks", "num_products", "num_stages", "alternate"),
-        *("weave", "pass_through", "num_slots", "ids_are_early"),
+        *("pass_through", "num_slots", "ids_are_early"),
     ),
 )
 WGMMA_BYTES = -(-(2 * MAX_STACKS * (3 * MAP_BYTES + STACK.itemsize) + WGMMA_TAIL.itemsize) // 64) * 64
@@ -83,7 +83,7 @@ def run(stacks: Iterable[ExpertStack]) -> None:
 def _launch_portable(kernel: tuple[str, ...], stacks: Sequence[ExpertStack]) -> None:
     engine, *variant = kernel
     sizes = tuple(stack.sizes for stack in stacks)
-    config = select_config(engine, sizes, _num_sms())
+    config = select_config(engine, (sizes,))
     name = f"grouped_gemm_{engine}_{variant[0]}"
     if engine == "mma":
         name += f"_{config.block_m}_{variant[1]}"
@@ -107,7 +107,7 @@ def _launch_wgmma(
     # Of more slots a block would spend longer on counting them than on waiting for the two kernels that sort them.
     told = slots if slots is not None and slots.topk_ids.size <= ONE_BLOCK_SLOTS else None
     num_slots = 0 if told is None else told.topk_ids.size
-    config = spread(select_config("wgmma", sizes[0], num_sms), sizes, num_slots, num_sms)
+    config = select_config("wgmma", sizes, num_slots)
     tiles = sum(max_tiles(config, some) for some in sizes)
     # Shared experts come first, or in turn: the routed ones' smaller pieces even out the end.
     ordered = [stack for first, *others in products for stack in (*others, first)]
@@ -119,7 +119,6 @@ def _launch_wgmma(
         num_products=len(products),
         num_stages=config.stages,
         alternate=len(products) == 2 and alternates(config, sizes[0]),
-        weave=config.pairs == "woven",
         pass_through=sum(stack.weight_bytes for stack in ordered) <= PASSING_BYTES,
         num_slots=num_slots,
         ids_are_early=told is not None and told.known == "early",
@@ -147,10 +146,10 @@ def _maps(stacks: Sequence[ExpertStack], order: str, config: TileConfig) -> Pack
 
 
 def _row_maps(stack: ExpertStack, config: TileConfig) -> Packed:
-    """Return the maps of the rows in large and small boxes; where the permutation names the rows nobody reads them."""
-    if stack.gathers:
+    """Return the maps of the rows in large and small boxes, which nobody reads where rows come one by one."""
+    if stack.gathers or config.halves == "inner":
         return Packed(b"").padded(2 * MAP_BYTES)
-    return joined(row_map(stack.a, strides(stack.a), box) for box in (64, config.box_rows))
+    return joined(row_map(stack.a, strides(stack.a), box) for box in BOXES)
 
 
 def _pack(stacks: Sequence[ExpertStack], room: int) -> Packed:

@@ -23,7 +23,7 @@ UNITS = (
 
 WGMMA_TYPES = {"bfloat16": "bf16", "float16": "fp16"}
 WGMMA_ORDERS = ("inner_major", "row_major")
-WGMMA_SHAPES = ("16x64few", "16x64", "64x256", "144x256", "192x256", "2x144x256", "2x192x256")
+WGMMA_SHAPES = ("16x64", "32x64", "64x128", "144x256", "192x256", "2x144x256", "2x192x256")
 WGMMA_UNITS = {
     f"grouped_gemm_wgmma_{dtype}_{order}_{shape}": (dtype, order, shape)
     for shape in reversed(WGMMA_SHAPES)
