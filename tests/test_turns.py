@@ -54,7 +54,7 @@ def alternates(*sizes):
     ],
 )
 def test_layers_that_take_turns(layer, expected):
-    """From the second run of shared rows on: up to 96 rows an expert with an eighth of the routed work, 144 with half."""
+    """From the second run of shared rows on: up to 96 rows an expert for an eighth of the routed work, 144 for half."""
     name, tokens = layer.split(" tokens")[0].rsplit(", ", 1)
     experts, top_k, width, shared = {
         "DeepSeek-V2-Lite": (64, 6, 1408, (1408, 1408)),

@@ -88,7 +88,7 @@ WGMMA_MEAN_ROWS = (
     ("16x64", 1),
     ("32x64", 6),
     ("64x128", 24),
-    ("144x256", 144),
+    ("144x256", 112),
     ("2x144x256", 272),
     ("144x256", 384),
     ("192x256", 800),
@@ -114,7 +114,7 @@ ALTERNATING_TILES = ("144x256", "2x144x256")
 """Tiles whose kernels can take shared and routed experts in turn."""
 
 ALTERNATING = ((96, 8), (144, 2))
-"""Up to how many rows an expert has on average they do, if the shared experts have at least what part of the routed ones'
+"""Up to how many rows an expert has on average they do, if the shared experts have at least which part of the routed
 work: an eighth, a half. The ones multiply while the others read weights; one after the other takes up to 8 per cent
 longer. With more rows the routed ones multiply as much."""
 
