@@ -139,28 +139,33 @@ template <int WARPS> __device__ __forceinline__ void add_up(const GroupLaunch& p
 
 constexpr int FEW_WARPS = 8, MAX_RANKED = 64;
 
-// Places at most MAX_RANKED slots, all there are: whoever is there counts what stands before a slot, or before an expert.
+// Places at most MAX_RANKED slots, all there are: a thread has a slot and an expert, or some, and counts in one go what stands
+// before the one and before the other.
 template <int WARPS> __device__ __forceinline__ void rank_all(const GroupLaunch& p, int* bins) {
   constexpr int THREADS = WARPS * WARP;
-  int slot = threadIdx.x;
-  if (slot < p.num_slots) bins[slot] = bin_of(p, p.topk_ids[slot]);
+  static_assert(MAX_RANKED <= THREADS, "a thread has one slot");
+  int slot = threadIdx.x, bin = slot < p.num_slots ? bin_of(p, p.topk_ids[slot]) : -1;
+  if (bin >= 0) bins[slot] = bin;
 #pragma unroll 1
   for (int i = threadIdx.x; i < p.num_progress; i += THREADS) p.progress[i] = 0;
   __syncthreads();  // the bins are there
-  if (slot < p.num_slots) {
-    int bin = bins[slot], row = 0;
-#pragma unroll 4
-    for (int s = 0; s < p.num_slots; ++s) row += bins[s] < bin || (bins[s] == bin && s < slot);
-    p.permutation[row] = slot;
-    p.inverse_permutation[slot] = bin < p.num_experts ? row : -1;
-  }
 #pragma unroll 1
-  for (int e = threadIdx.x; e <= p.num_experts; e += THREADS) {
-    int before = 0, own = 0;
-#pragma unroll 4
-    for (int s = 0; s < p.num_slots; ++s) before += bins[s] < e, own += bins[s] == e;
-    p.expert_offsets[e] = before;
-    if (e < p.num_experts) p.tokens_per_expert[e] = own;
+  for (int e = threadIdx.x; e < max(p.num_experts, p.num_slots); e += THREADS) {
+    int before = 0, own = 0, row = 0;
+#pragma unroll 8
+    for (int s = 0; s < p.num_slots; ++s) {
+      int other = bins[s];
+      before += other < e, own += other == e, row += other < bin + (s < slot);
+    }
+    if (e < p.num_experts) {
+      p.expert_offsets[e] = before;
+      p.tokens_per_expert[e] = own;
+      if (e == p.num_experts - 1) p.expert_offsets[p.num_experts] = before + own;
+    }
+    if (e == slot && bin >= 0) {
+      p.permutation[row] = slot;
+      p.inverse_permutation[slot] = bin < p.num_experts ? row : -1;
+    }
   }
 }
 

@@ -9,7 +9,7 @@ namespace route {
 constexpr int WARPS = 4;
 
 template <int KEYS> __device__ __forceinline__ void route(const RouterLaunch& launch) {
-  extern __shared__ uint32 dynamic_smem[];
+  extern __shared__ __align__(16) uint32 dynamic_smem[];
   wait_for_previous_kernel();
   launch_next_kernel();
   int64 begin = (int64)blockIdx.x * WARPS, end = begin + WARPS < launch.num_tokens ? begin + WARPS : launch.num_tokens;

@@ -1,4 +1,5 @@
-// route: logits of tokens -> their topk_ids and topk_weights; the block reads, a warp a token chooses and weighs.
+// route: logits of tokens -> their topk_ids and topk_weights; the block reads, a warp a token chooses and weighs. A token that
+// is the only one of its block is chosen for by all its warps.
 //
 //   smem     a warp: see Row; at 1024 experts and top_k = 8 between 4 and 8 KiB
 //
@@ -14,7 +15,8 @@
 // unless they carry registers, and the whole block reads and scores the logits of even one token.
 //
 //   barrier           means
-//   __syncthreads     the logits of the block's tokens are in shared memory, or no longer needed there
+//   __syncthreads     the logits of the block's tokens are in shared memory, or no longer needed there; of a token alone also:
+//                     its keys stand, its groups have been looked at, the ranks are claimed, the choices stand
 //   __syncwarp        a warp shares its token with no other
 #pragma once
 #include "router.cuh"
@@ -26,11 +28,11 @@ struct Row {
   uint32* words;  // (max(top_k, num_groups)) keys of groups first, chosen ids later
   float* chosen;  // (top_k) logits of the choices, then their weights
   float* logits;  // (num_experts)
-  uint32* keys;   // (num_experts) where ranks_apart()
+  uint32* keys;   // (num_experts, and up to 3 more) where ranks_apart(), and of a token alone; a multiple of 4 words behind smem
 
   __device__ __forceinline__ Row(const RouterLaunch& p, uint32* smem)
       : words(smem), chosen(reinterpret_cast<float*>(smem) + max(p.top_k, p.num_groups)), logits(chosen + p.top_k),
-        keys(reinterpret_cast<uint32*>(logits) + p.num_experts) {}
+        keys(smem + ceil_div(max(p.top_k, p.num_groups) + p.top_k + p.num_experts, 4) * 4) {}
 };
 
 // Calls visit(t, e) for experts of `count` tokens, which are at most WARPS; all threads of the block share them.
@@ -45,6 +47,8 @@ __device__ __forceinline__ void for_each_logit(const RouterLaunch& p, int count,
     for (int e = threadIdx.x % across; e < p.num_experts; e += across) visit(t, e);
 }
 
+constexpr int PARTS_AHEAD = 8;  // parts of a logit that are asked for before the first of them is added
+
 // The sums of all parts into shared memory. A single part stays as it is: a sum would flush subnormals.
 template <int WARPS, typename T>
 __device__ __forceinline__ void load(const RouterLaunch& p, int64 first_token, int count, uint32* smem) {
@@ -52,8 +56,16 @@ __device__ __forceinline__ void load(const RouterLaunch& p, int64 first_token, i
     const T* at = static_cast<const T*>(p.logits) + (first_token + t) * p.row_stride + e * p.col_stride;
     float value = to_float(*at);
     if (sizeof(T) == sizeof(float)) {  // parts are float32
-#pragma unroll 4
-      for (int part = 1; part < p.num_parts; ++part) value += to_float(at[part * p.part_stride]);
+#pragma unroll 1
+      for (int first = 1; first < p.num_parts; first += PARTS_AHEAD) {
+        float parts[PARTS_AHEAD];
+#pragma unroll
+        for (int i = 0; i < PARTS_AHEAD; ++i)
+          if (first + i < p.num_parts) parts[i] = to_float(at[(first + i) * p.part_stride]);
+#pragma unroll
+        for (int i = 0; i < PARTS_AHEAD; ++i)
+          if (first + i < p.num_parts) value += parts[i];
+      }
     }
     Row(p, smem + t * p.words_per_warp).logits[e] = value;
   });
@@ -107,14 +119,17 @@ template <int KEYS> struct Token : Row {
   }
 
   __device__ __forceinline__ void rank() {
+    look_at_all();
+    if (!p.expert_table && p.num_groups > 1) drop_groups();
+  }
+
+  // The softmax over all experts, and keys that need it.
+  __device__ __forceinline__ void look_at_all() {
     if (needs_whole_softmax(p)) add_up_softmax();
-    if (p.expert_table || !ranks_apart(p)) return;
-    if (p.scoring == SOFTMAX && p.select_by == SCORES) {
+    if (p.expert_table || !ranks_apart(p) || p.scoring != SOFTMAX || p.select_by != SCORES) return;
 #pragma unroll 1
-      for (int e = lane; e < p.num_experts; e += WARP) keys[e] = ranked(p, e, softmax(logits[e]));
-      __syncwarp();
-    }
-    if (p.num_groups > 1) drop_groups();
+    for (int e = lane; e < p.num_experts; e += WARP) keys[e] = ranked(p, e, softmax(logits[e]));
+    __syncwarp();
   }
 
   // Keeps the top_groups best groups of num_experts / num_groups neighbours.
@@ -229,17 +244,111 @@ template <int KEYS> struct Token : Row {
   }
 };
 
+// A token that its block has no other beside: all warps look at its groups, and every thread finds out how many experts are
+// better than its own. That takes a warp, which takes the best expert after expert, two to five times as long.
+template <int KEYS, int WARPS> struct TokenAlone : Token<KEYS> {
+  using Base = Token<KEYS>;
+  using Base::p, Base::lane, Base::keys, Base::words, Base::chosen, Base::logits;
+  int warp = threadIdx.x / WARP, expert = threadIdx.x;  // a thread has one
+  bool has_expert = expert < p.num_experts;
+
+  __device__ __forceinline__ TokenAlone(const RouterLaunch& launch, uint32* smem) : Base(launch, smem) {}
+  __device__ __forceinline__ static bool serves(const RouterLaunch& p) {
+    return p.num_experts <= WARPS * WARP && !p.expert_table;
+  }
+
+  // Of a token whose logits the threads have just read, each its expert's.
+  __device__ __forceinline__ void route(int64 token) {
+    bool apart = ranks_apart(p);
+    if (!has_expert && expert < ceil_div(p.num_experts, 4) * 4) keys[expert] = TAKEN;
+    if (!apart && has_expert) keys[expert] = key_of(logits[expert]);
+    __syncthreads();  // logits and keys stand, but for those that a softmax gives
+    if (warp == 0) this->look_at_all();
+    if (p.num_groups > 1) drop_groups_together();
+    __syncthreads();  // all keys stand
+    choose_together();
+    if (warp == 0) {
+      if (p.scoring == SPARSE_MIXER) this->mix(token);
+      else this->finish_choices(token);
+    }
+    __syncthreads();
+  }
+
+ private:
+  // As drop_groups: a warp a group, then a thread an expert.
+  __device__ __forceinline__ void drop_groups_together() {
+    int size = p.num_experts / p.num_groups;
+    bool pair = p.group_score == GROUP_SUM_TOP2 && size > 1;
+    __syncthreads();  // keys that a softmax gives stand too
+#pragma unroll 1
+    for (int group = warp; group < p.num_groups; group += WARPS) {
+      uint32 first = TAKEN, second = TAKEN;
+#pragma unroll 1
+      for (int member = lane; member < size; member += WARP) {
+        uint32 key = keys[group * size + member];
+        second = max(second, min(first, key));
+        first = max(first, key);
+      }
+      uint32 best = __reduce_max_sync(FULL_MASK, first);
+      int holder = __ffs(__ballot_sync(FULL_MASK, first == best)) - 1;
+      uint32 next = __reduce_max_sync(FULL_MASK, lane == holder ? second : first);
+      if (lane == 0) words[group] = key_of(pair ? score_of(best) + score_of(next) : score_of(best));
+    }
+    __syncthreads();  // all groups have been looked at
+    int group = min(expert / size, p.num_groups - 1), better = 0;
+    uint32 own = words[group];
+#pragma unroll 1
+    for (int g = 0; g < p.num_groups; ++g) better += words[g] > own || (words[g] == own && g < group);
+    if (has_expert && better >= p.top_groups) keys[expert] = key_of(p.dropped_value);
+    __syncthreads();  // nobody reads the keys of groups any more
+  }
+
+  // An expert is choice j if j are better. Equals, of which nobody knows at first, claim the same one, and count then how many
+  // of them have a lower id.
+  __device__ __forceinline__ void choose_together() {
+    uint32 own = has_expert ? keys[expert] : 0xffffffffu;
+    int better = has_expert ? 0 : p.top_k;
+    for (int j = expert; j < p.top_k; j += WARPS * WARP) words[j] = 0;
+#pragma unroll 4
+    for (int i = 0; i < ceil_div(p.num_experts, 4); ++i) {
+      uint4 four = reinterpret_cast<const uint4*>(keys)[i];
+      better += four.x > own, better += four.y > own, better += four.z > own, better += four.w > own;
+    }
+    __syncthreads();  // nobody has claimed a place yet
+    if (better < p.top_k) atomicAdd(reinterpret_cast<int*>(&words[better]), 1);
+    __syncthreads();  // all places are claimed
+    bool among_equals = better < p.top_k && words[better] > 1;
+    __syncthreads();  // nobody reads the claims any more
+    if (among_equals) {
+#pragma unroll 1
+      for (int e = 0; e < expert; ++e) better += keys[e] == own;
+    }
+    if (better < p.top_k) words[better] = expert, chosen[better] = logits[expert];
+    __syncthreads();  // the choices stand
+  }
+};
+
+template <int WARPS>
+__device__ __forceinline__ void read(const RouterLaunch& launch, int64 first, int count, uint32* smem) {
+  if (launch.logits_type == FLOAT32) load<WARPS, float>(launch, first, count, smem);
+  else if (launch.logits_type == BFLOAT16) load<WARPS, bf16>(launch, first, count, smem);
+  else load<WARPS, fp16>(launch, first, count, smem);
+  finish<WARPS>(launch, count, smem);
+}
+
 // The ids and weights of tokens begin .. end - 1, written by the whole block.
 template <int KEYS, int WARPS>
 __device__ __forceinline__ void route_tokens(const RouterLaunch& launch, int64 begin, int64 end, uint32* smem) {
   int warp = threadIdx.x / WARP;
+  if (end - begin == 1 && TokenAlone<KEYS, WARPS>::serves(launch)) {
+    read<WARPS>(launch, begin, 1, smem);
+    TokenAlone<KEYS, WARPS>(launch, smem).route(begin);
+    return;
+  }
 #pragma unroll 1
   for (int64 first = begin; first < end; first += WARPS) {
     int count = end - first < WARPS ? (int)(end - first) : WARPS;
-    if (launch.logits_type == FLOAT32) load<WARPS, float>(launch, first, count, smem);
-    else if (launch.logits_type == BFLOAT16) load<WARPS, bf16>(launch, first, count, smem);
-    else load<WARPS, fp16>(launch, first, count, smem);
-    finish<WARPS>(launch, count, smem);
+    read<WARPS>(launch, first, count, smem);
     __syncthreads();
     if (warp < count) {
       Token<KEYS> token(launch, smem + warp * launch.words_per_warp);

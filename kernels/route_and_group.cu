@@ -40,7 +40,7 @@ __device__ __forceinline__ bool comes_last(int* blocks_done) {
 }
 
 template <int KEYS, int WARPS> __device__ __forceinline__ void run(const RouteAndGroupLaunch& launch) {
-  extern __shared__ uint32 dynamic_smem[];
+  extern __shared__ __align__(16) uint32 dynamic_smem[];
   wait_for_previous_kernel();
   launch_next_kernel();
   int64 begin = (int64)blockIdx.x * launch.tokens_per_block, end = begin + launch.tokens_per_block;

@@ -225,7 +225,40 @@ def test_words_of_a_warp_are_enough_for_every_choice():
     logits = np.random.default_rng(0).normal(0, 1, (40, 96)).astype(ml_dtypes.bfloat16)
     for num_groups in (1, 3, 96):
         router = cumoe.Router(96, "sigmoid", num_groups=num_groups, top_groups=num_groups)
-        assert route.words_per_warp(router, 96) == 2 * 96 + 96 * (1 if num_groups == 1 else 2)
+        assert route.words_per_warp(router, 96) == 4 * 96 == route.words_per_warp(router, 96, with_keys=False) + 96
         ids, weights, groups, _ = run(np.zeros((40, 8), BF16), None, router, logits=logits)
         assert_routing(logits, router, ids, weights)
         assert_same(groups, sort(ids, 96))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_experts", [1, 7, 32, 96, 100, 256, 260])
+@pytest.mark.parametrize("kind", ["plain", "bias", "groups", "groups of softmax", "mixer"])
+def test_a_token_alone_is_routed_as_among_others(num_experts, kind):
+    """By a whole block or by a warp: the same bits, also of equal logits, zeros of both signs and what is no number."""
+    rng = np.random.default_rng(num_experts)
+    rows = rng.normal(0, 2, (8, num_experts)).astype(np.float32)
+    rows[1] = 1
+    rows[2] = rng.integers(-1, 2, num_experts)
+    rows[3] = rng.choice(np.array([0.0, -0.0, 1.0], np.float32), num_experts)
+    rows[4] = rng.choice(np.array([np.nan, np.inf, -np.inf, 0.5], np.float32), num_experts)
+    rows[5] = np.nan
+    num_groups = next(groups for groups in (10, 8, 7, 1) if num_experts % groups == 0)
+    router = {
+        "plain": cumoe.Router(min(8, num_experts), renormalize=True),
+        "bias": cumoe.Router(num_experts if num_experts < 100 else 32, "sigmoid", selection_bias=np.round(rows[0])),
+        "groups": cumoe.Router(
+            1 if num_groups == num_experts else min(5, num_experts), "sigmoid", num_groups=num_groups,
+            top_groups=max(1, num_groups - 2), group_score="max",
+        ),
+        "groups of softmax": cumoe.Router(1, num_groups=num_groups, top_groups=1, selection_bias=np.round(rows[0])),
+        "mixer": cumoe.Router(min(2, num_experts), "sparse_mixer"),
+    }[kind]  # fmt: skip
+    x = np.zeros((8, 8), np.float32)
+    ids, weights, *_ = run(x, None, router, logits=rows)
+    for token in range(8):
+        one = slice(token, token + 1)
+        own_ids, own_weights, groups, _ = run(x[one], None, router, logits=rows[one])
+        assert own_ids.tobytes() == ids[one].tobytes(), token
+        assert own_weights.tobytes() == weights[one].tobytes(), token
+        assert_same(groups, sort(own_ids, num_experts))

@@ -50,9 +50,10 @@ def keys_of_lane(num_experts: int) -> int:
     return next(keys for keys in (8, 16, 32) if 32 * keys >= num_experts)
 
 
-def words_per_warp(router: Router, num_experts: int) -> int:
+def words_per_warp(router: Router, num_experts: int, *, with_keys: bool = True) -> int:
     """Return the words of shared memory of a warp: see Row in kernels/route.cuh."""
-    return max(router.top_k, router.num_groups) + router.top_k + num_experts * (2 if ranks_apart(router) else 1)
+    words = max(router.top_k, router.num_groups) + router.top_k + num_experts
+    return 4 * (-(-words // 4) + with_keys * -(-num_experts // 4))
 
 
 def ranks_apart(router: Router) -> bool:

@@ -77,7 +77,7 @@ def words_per_warp(router: Router, num_choices: int) -> int:
     """Return the words of shared memory of a warp: its lists, or what route.cuh needs for an odd token."""
     keys_or_list = max(keys_of_lane(num_choices), LIST + 1)  # a list has an end
     list_words = 32 * (keys_or_list + 1)  # behind them stand the choices' places
-    return max(list_words, route.words_per_warp(router, num_choices))
+    return max(list_words, route.words_per_warp(router, num_choices, with_keys=route.ranks_apart(router)))
 
 
 def shared_bytes(how: Split, router: Router, num_choices: int, num_experts: int) -> int:

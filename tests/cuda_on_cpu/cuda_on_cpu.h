@@ -156,6 +156,7 @@ inline unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(16) int4 { int x, y, z, w; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 
 // Last: the standard headers spell an attribute like this.
