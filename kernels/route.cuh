@@ -244,8 +244,8 @@ template <int KEYS> struct Token : Row {
   }
 };
 
-// A token that its block has no other beside: all warps look at its groups, and every thread finds out how many experts are
-// better than its own. That takes a warp, which takes the best expert after expert, two to five times as long.
+// A token that is the only one of its block. A warp would take the best expert, then the next, each time with all lanes; here
+// every thread finds out how many experts are better than its own, and every warp looks at groups of its own.
 template <int KEYS, int WARPS> struct TokenAlone : Token<KEYS> {
   using Base = Token<KEYS>;
   using Base::p, Base::lane, Base::keys, Base::words, Base::chosen, Base::logits;
@@ -307,13 +307,14 @@ template <int KEYS, int WARPS> struct TokenAlone : Token<KEYS> {
   // of them have a lower id.
   __device__ __forceinline__ void choose_together() {
     uint32 own = has_expert ? keys[expert] : 0xffffffffu;
-    int better = has_expert ? 0 : p.top_k;
     for (int j = expert; j < p.top_k; j += WARPS * WARP) words[j] = 0;
+    int counts[4] = {};  // four sums, so that an addition need not wait for the one before
 #pragma unroll 4
     for (int i = 0; i < ceil_div(p.num_experts, 4); ++i) {
       uint4 four = reinterpret_cast<const uint4*>(keys)[i];
-      better += four.x > own, better += four.y > own, better += four.z > own, better += four.w > own;
+      counts[0] += four.x > own, counts[1] += four.y > own, counts[2] += four.z > own, counts[3] += four.w > own;
     }
+    int better = has_expert ? counts[0] + counts[1] + counts[2] + counts[3] : p.top_k;
     __syncthreads();  // nobody has claimed a place yet
     if (better < p.top_k) atomicAdd(reinterpret_cast<int*>(&words[better]), 1);
     __syncthreads();  // all places are claimed

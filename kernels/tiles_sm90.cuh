@@ -45,7 +45,7 @@ struct TileShape {
   static constexpr int MAX_ROWS = ROWS, CONSUMERS = CONSUMER_GROUPS, BLOCKS_PER_SM = BLOCKS, CLUSTER = BLOCKS_OF_CLUSTER;
   static constexpr int HALF_ROWS = CONSUMERS * RUN;  // weight rows of a half
   static constexpr int RING = ROWS > 64 ? 2 : 4;     // tiles that are planned or under way
-  static constexpr int ROWS_OF_BOX = 16;             // that are neighbours and come at a time where fewer than 64 are left
+  static constexpr int ROWS_OF_BOX = 16;             // of neighbours, where fewer than 64 are left
   static constexpr Halves HALVES = OF_TILE;
   static constexpr Slots SLOTS = OF_LAUNCH;
   static constexpr bool COUNTS_EARLY = ROWS <= 64;  // there are some hundred slots, and every microsecond shows
