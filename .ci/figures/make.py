@@ -9,9 +9,7 @@ A picture is made where a file for it is there; bench1.csv and bench2.csv, say, 
         --routing balanced uniform zipf:0.25 zipf:0.5 zipf:1 zipf:1.5 one-hot --csv .ci/figures/imbalance.csv
     python -m cumoe bench --stages --layers DeepSeek-V3 Qwen3-30B-A3B --tokens 1 64 4096 --csv .ci/figures/stages.csv
 
-The last holds the six cases that the timeline has room for. In bench.csv the read rate, and what follows from it
-(ceiling_us, percent, binds), are those of 4.52 TB/s, as README.md says: the stream of that run had 4.32, less than its
-layers.
+The last holds the six cases that the timeline has room for.
 """
 
 import csv
