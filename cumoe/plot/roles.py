@@ -31,7 +31,7 @@ def roles(theme: Theme) -> Any:
     sheet = Sheet(figure, theme, WIDTH, HEIGHT)
     lanes = [
         ("planner", "a warp: which tile, rows, factors", "warpgroup 1"),
-        ("weights", "a thread: TMA", "warpgroup 1"),
+        ("weights", "two threads: TMA, a half each", "warpgroup 1"),
         ("tokens", "128 threads: cp.async, or TMA", "warpgroup 0"),
         ("consumer 0", "wgmma, 128 of 256 weight rows", "warpgroup 2"),
         ("consumer 1", "wgmma, the other 128", "warpgroup 3"),
