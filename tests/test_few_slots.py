@@ -28,7 +28,7 @@ def runs_of(num_rows):
 
 
 def sort(ids, num_experts):
-    """Return a lane's row, count and earlier row blocks for every slot: a twin of FewSlots."""
+    """Return a lane's row, count and earlier row blocks for every slot: a twin of few_slots_sm90.cuh."""
     key = np.where((ids >= 0) & (ids < num_experts), ids.astype(np.int64), 2**32 - 1)
     lanes = []
     for slot, expert in enumerate(key):

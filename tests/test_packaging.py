@@ -24,7 +24,7 @@ from cumoe.gpu import (
     stacks,
 )
 from cumoe.gpu.compile import KERNEL_UNIT
-from cumoe.gpu.tensor_map import MAP_BYTES
+from cumoe.gpu.tensor_map import BOXES, MAP_BYTES
 
 ROOT = Path(__file__).resolve().parent.parent
 UNITS = sources.UNITS + tuple(sources.WGMMA_UNITS)
@@ -224,6 +224,7 @@ def test_hopper_tiles_are_those_of_the_kernels():
         assert (block_m, 64 * consumers, inner, blocks) == (tile.block_m, tile.half, tile.block_k, tile.blocks_per_sm)
         assert tile.threads == (2 + consumers) * number("WARPGROUP")
         assert 2 <= tile.stages <= tile.alone().stages <= number("MAX_STAGES")
+    assert (number("RUN"), number("ROWS_OF_BOX")) == BOXES
 
 
 def test_the_smallest_slab_is_that_of_the_kernels():

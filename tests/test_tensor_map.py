@@ -57,7 +57,7 @@ def check_legal(call):
 
 
 def weight_tile(memory, call, order, tile, paired, weight_block, expert, inner):
-    """Return the two halves (half, HALF_ROWS, 64) that a stage gets, as load_weights asks for them."""
+    """Return the two halves (half, HALF_ROWS, 64) that a stage gets, as bring_half asks for them."""
     inward = is_inward(tile, paired, order)
     halves = []
     for half in range(2):
@@ -179,4 +179,6 @@ def test_every_run_of_rows_fits_into_boxes_within_the_stage():
     """Boxes of 64 and of a few rows bring a run; a stage has no more than the tile's rows."""
     large, small = tensor_map.BOXES
     assert large % small == 0
-    assert all(tile.block_m % small == 0 for tile in TILES if tile.halves == "rows")
+    for tile in TILES:
+        assert tile.block_m % small == 0
+        assert all(-(-rows // small) * small <= tile.block_m for rows in range(1, tile.block_m + 1))

@@ -68,7 +68,9 @@ class TileConfig(NamedTuple):
 
 
 CONFIGS = (
-    TileConfig("wgmma", 16, 64, block_k=64, stages=5, blocks_per_sm=2, halves="inner", slab_rows=16, slots="few"),
+    TileConfig(
+        "wgmma", block_m=16, half=64, block_k=64, stages=5, blocks_per_sm=2, halves="inner", slab_rows=16, slots="few"
+    ),
     TileConfig("wgmma", block_m=32, half=64, block_k=64, stages=4, blocks_per_sm=2, halves="inner", slab_rows=32),
     TileConfig("wgmma", block_m=64, half=128, block_k=64, stages=4, blocks_per_sm=1, halves="inner", slab_rows=64),
     TileConfig("wgmma", block_m=144, half=128, block_k=64, stages=4, blocks_per_sm=1, slab_rows=64),
@@ -149,8 +151,10 @@ def select_config(engine: str, products: Sequence[tuple[StackSizes, ...]], num_s
         return next((config for config in configs if config.block_m >= mean_rows), configs[-1])
     work, other_work = (sum(stack.num_rows * stack.weight_rows for stack in some) for some in ((first,), others))
     rows_to_hold = max((stack.num_rows for stack in others), default=0) if other_work >= work else 0
-    both, tiles = len(products) == 2, {config.name: config for config in configs}
-    few, short = both and 0 < num_slots <= FEW_SLOTS, both and products[1][0].inner <= SHORT_INNER
+    both = len(products) == 2
+    few = both and 0 < num_slots <= FEW_SLOTS
+    short = both and products[1][0].inner <= SHORT_INNER
+    tiles = {config.name: config for config in configs}
     unfit = {name for name, tile in tiles.items() if (tile.slots == "few" and not few) or (name == LONG_TILE and short)}
     tile = next(
         tiles[name]
